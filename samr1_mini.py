@@ -1,0 +1,761 @@
+"""samr1_mini.py - SAM-R1 (arXiv 2505.22596) in one story: settings, policy, training, evaluation, segmentation.
+
+    python samr1_mini.py train                                        the embedded default: minutes on a laptop
+    python samr1_mini.py eval    --adapter RUN/adapter                gIoU and cIoU on held-out samples
+    python samr1_mini.py segment --image FILE --query "..." --out out.png
+    python samr1_mini.py train --help                                 every setting, with its reason
+
+What happens in a training step (paper, fig. 2), and where it is written:
+
+    B samples                               data.py
+    -> G completions each                   grpo.rollout
+    -> masks, IoU, rewards                  reward.score_completions
+    -> advantages within each group         grpo.group_advantages
+    -> log-probs: policy, old, reference    grpo.group_logprobs
+    -> clipped loss with KL term, AdamW     grpo.grpo_loss
+
+Where this departs from the paper: LoRA on a small VLM in place of full fine-tuning of 7 billion weights on eight GPUs; SAM 1
+in place of SAM 2; and what the paper leaves open, marked *assumed* beside each setting.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+from data import Sample, load_data, messages
+from grpo import Completions, Prompts, encode_prompts, group_advantages, group_logprobs, grpo_loss, rollout
+from reward import ACCURACY_REWARDS, TIERS, SamPrompt, SamScorer, Scores, load_sam, parse_answer, sam_prompt, score_completions
+
+try:
+    import resource  # peak memory of the process
+except ImportError:  # Windows has no such module
+    resource = None
+
+HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. Defaults are those of the embedded models; a preset changes some; a flag given by hand wins.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, meaning: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": meaning} | ({"choices": list(choices)} if choices else {}))
+
+
+@dataclass
+class Settings:
+    # What to run on
+    preset: str = setting("tiny", "tiny, qwen3b or qwen7b: fills in the settings below", ("tiny", "qwen3b", "qwen7b"))
+    vlm: str = setting("tiny", "the policy: tiny, a Hugging Face name, or a local folder. Paper: Qwen2.5-VL-7B")
+    sam: str = setting("tiny", "the segmenter: tiny, or vit_b|vit_l|vit_h:CHECKPOINT. Paper: SAM2-Large")
+    data: str = setting("shapes", "the data set: shapes. Paper: 3,000 expressions of RefCOCOg")
+    out: str = setting("", "train: folder of the run (default runs/<data>-<vlm>-<seed>); segment: the picture to write")
+    seed: int = setting(0, "of the adapter's first weights, the order of the data, and sampling")
+    device: str = setting("auto", "auto takes cuda, then mps, then cpu")
+    # What the policy sees and says
+    side: int = setting(64, "side of the square that each image is resized to for the policy, pixels. Paper: 840")
+    prompt: str = setting("brief", "full explains the task; brief is the query alone, for a model that knows it", ("full", "brief"))
+    coordinates: str = setting(
+        "auto",
+        "how the policy writes coordinates: pixels of the image it sees, or thousandths; auto: thousandths for Qwen3-VL, else pixels",
+        ("auto", "pixels", "thousandths"),
+    )
+    # Rollout
+    prompts_per_step: int = setting(8, "B, prompts in a step. *Assumed*: the paper does not say")
+    group_size: int = setting(8, "G, completions for each prompt. Paper: 8")
+    max_new_tokens: int = setting(48, "longest completion, tokens; a right answer of the tiny model takes 28")
+    temperature: float = setting(1.0, "of sampling. *Assumed*; at 1 the sampled distribution is the trained one")
+    top_p: float = setting(1.0, "nucleus sampling; 1 is off. *Assumed*")
+    # Reward
+    accuracy: str = setting("tiered", "accuracy reward: tiered (paper), a fixed IoU threshold, or the raw IoU (Table 3)", ACCURACY_REWARDS)
+    # Objective
+    eps_low: float = setting(0.2, "clip below, 1 - eps_low. Paper: the usual 0.2")
+    eps_high: float = setting(0.3, "clip above, 1 + eps_high. Paper: 0.3")
+    beta: float = setting(0.005, "weight of the KL to the reference. *Assumed* (Seg-Zero's); the paper keeps the term, fig. 4a")
+    normalise: str = setting("token", "token: every token of a group weighs the same (paper); sequence: GRPO's mean", ("token", "sequence"))
+    # Optimisation
+    steps: int = setting(250, "rollouts to learn from; 0 evaluates only. Measured: the tiny model has levelled off by then")
+    epochs: int = setting(1, "passes over a step's completions. *Assumed*")
+    minibatches: int = setting(2, "updates a pass, each on its share of the prompts. With one update a step the clip never acts")
+    lr: float = setting(2e-3, "AdamW's learning rate, of the adapter. Paper: 1e-6 for full fine-tuning")
+    lr_decay: str = setting("linear", "linear (to zero at the last step) or constant. *Assumed*", ("linear", "constant"))
+    warmup: int = setting(5, "steps over which the learning rate rises. *Assumed*")
+    weight_decay: float = setting(0.0, "AdamW's. *Assumed*")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm. *Assumed*")
+    lora_rank: int = setting(16, "rank of the adapter, on every linear of the language model. Not in the paper: it trains all weights")
+    lora_alpha: int = setting(32, "its scale: the update counts alpha / rank. Not in the paper")
+    # Memory against speed
+    threads: int = setting(1, "CPU threads, 0 leaves it to torch. The tiny models' matrices are too small to be shared out")
+    prompts_per_pass: int = setting(8, "prompts (each with its G completions) in one forward and backward pass")
+    rollout_prompts: int = setting(64, "prompts decoded together, times G completions")
+    checkpoint_layers: bool = setting(False, "recompute the language model's layers in the backward pass")
+    logits_chunk: int = setting(4096, "token positions that go through the lm_head at once; 256 at a vocabulary of 151,936")
+    # Evaluation and files
+    eval_samples: int = setting(256, "held-out samples in the evaluation before and after training")
+    eval_batch: int = setting(64, "of them at a time")
+    sample_every: int = setting(50, "steps between pictures of the fixed held-out scenes, and redrawn curves")
+    save_every: int = setting(25, "steps between checkpoints")
+    resume: bool = setting(False, "go on from the checkpoint in --out, exactly")
+    overwrite: bool = setting(False, "delete an existing run in --out")
+    adapter: str = setting("none", "eval, segment: folder of a trained adapter, or none for the base model")
+    limit: int = setting(0, "eval: only the first so many samples; 0 is --eval_samples")
+    image: str = setting("", "segment: the picture")
+    query: str = setting("", "segment: what to find in it")
+
+
+PRESETS = {"tiny": {}}
+
+
+def parse_settings(command: str, argv: list[str]) -> Settings:
+    """Settings of a command line: defaults, then the preset's or, with --resume, the run's own, then the flags."""
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str):
+            self.exit(2, f"samr1_mini.py {command}: {message} (--help lists the flags)\n")
+
+    def parser() -> Parser:
+        return Parser(
+            Settings,
+            prog=f"samr1_mini.py {command}",
+            usage="%(prog)s [--flag value ...]",
+            description=f"{COMMANDS[command].__doc__.strip()} Settings and their reasons:",
+            allow_abbrev=False,
+        )
+
+    given = parser().parse_args(argv)
+    filled = parser()
+    filled.set_defaults(**PRESETS[given.preset])
+    if given.resume:
+        with blame("--resume"):
+            if not given.out:
+                raise ValueError("name the run with --out")
+            filled.set_defaults(**json.loads((Path(given.out) / "config.json").read_text()), resume=True)
+    s = Settings(**vars(filled.parse_args(argv)))
+    for name in ("side", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "lora_rank", "prompts_per_pass",
+                 "rollout_prompts", "logits_chunk", "eval_samples", "eval_batch", "sample_every", "save_every"):  # fmt: skip
+        if getattr(s, name) < 1:
+            filled.error(f"--{name} must be at least 1")
+    if s.group_size < 2:
+        filled.error("--group_size must be at least 2: the advantage compares the completions of a group")
+    if s.minibatches > s.prompts_per_step:
+        filled.error("--minibatches must not exceed --prompts_per_step")
+    if not (s.temperature > 0 and 0 < s.top_p <= 1 and s.lr > 0 and s.beta >= 0 and 0 <= s.eps_low < 1 and s.eps_high >= 0):
+        filled.error("--temperature and --lr must be above 0, --top_p in (0, 1], --eps_low in [0, 1), --beta and --eps_high not negative")
+    return s
+
+
+@contextlib.contextmanager
+def blame(flag: str):
+    """Turn what goes wrong while an input is read into one line that names it, and exit code 2. Only around such reading:
+    an error anywhere else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        print(f"samr1_mini.py: {flag}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """A VLM with its processor, and what the rest must know about it."""
+
+    model: torch.nn.Module
+    processor: object
+    device: torch.device
+    side: int  # of the image it sees, pixels
+    prompt: str  # "full" or "brief"
+    coordinates: str  # "pixels" or "thousandths"
+    end: torch.Tensor  # (E,) tokens that end a completion
+    banned: torch.Tensor  # tokens that it must not write
+
+    @property
+    def frame(self) -> float:
+        """The number that it writes for the far edge of the image."""
+        return self.side if self.coordinates == "pixels" else 1000
+
+    def read(self, samples: list[Sample]) -> Prompts:
+        """Put images and queries to the vision tower and the tokenizer. Aspect ratio is not kept (paper, sec. 4.1)."""
+        talks = [messages(sample.query, self.prompt, self.coordinates, self.side) for sample in samples]
+        texts = self.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
+        images = [sample.image.resize((self.side, self.side)) for sample in samples]
+        inputs = self.processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
+        return encode_prompts(self.model, inputs.to(self.device))
+
+    def texts(self, completions: Completions) -> list[list[str]]:
+        """Completions as B lists of G texts, without their end-of-text tokens."""
+        tokens = zip(completions.ids.tolist(), completions.mask.sum(-1).tolist(), strict=True)
+        rows = [[ids[:n] for ids, n in zip(group, lengths, strict=True)] for group, lengths in tokens]
+        return [self.processor.batch_decode(group, skip_special_tokens=True) for group in rows]
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    torch.zeros(1, device=name)  # an unknown or missing device fails here
+    torch.set_flush_denormal(True)  # on the CPU, vanishing probabilities would otherwise be computed at a snail's pace
+    return torch.device(name)
+
+
+def load_policy(s: Settings) -> Policy:
+    """Load the VLM that the settings name, with a fresh adapter or, with --adapter, a trained one."""
+    with blame(f"--device {s.device}"):
+        device = choose_device(s.device)
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    folder = str(HERE / "tiny" / "vlm") if s.vlm == "tiny" else s.vlm
+    with blame(f"--vlm {s.vlm}"):
+        if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+            raise FileNotFoundError("there is no such folder: give one that save_pretrained wrote, or a Hugging Face name")
+        processor = AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            attn_implementation="sdpa",  # grpo.group_logprobs relies on its boolean masks
+        ).to(device)
+        patch = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
+    coordinates = s.coordinates
+    if coordinates == "auto":
+        coordinates = "thousandths" if model.config.model_type.startswith("qwen3_vl") else "pixels"
+    with blame(f"--side {s.side}"):
+        if coordinates == "pixels" and s.side % patch:
+            raise ValueError(f"the model would see another size than this one: take a multiple of {patch}")
+    torch.manual_seed(s.seed)  # of the adapter's weights
+    if s.adapter == "none":
+        lora = LoraConfig(
+            r=s.lora_rank,
+            lora_alpha=s.lora_alpha,
+            target_modules=r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj",  # never the vision tower
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    else:
+        with blame(f"--adapter {s.adapter}"):
+            if not (Path(s.adapter) / "adapter_config.json").is_file():
+                raise FileNotFoundError("no adapter there: name a folder with adapter_config.json, such as RUN/adapter")
+            model = PeftModel.from_pretrained(model, s.adapter)
+    if s.checkpoint_layers:
+        model.get_base_model().model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = processor.tokenizer
+    ends = model.generation_config.eos_token_id or tokens.eos_token_id
+    config = model.config
+    vision = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    return Policy(
+        model.eval(),
+        processor,
+        device,
+        s.side,
+        s.prompt,
+        coordinates,
+        torch.tensor([ends] if isinstance(ends, int) else ends, device=device),
+        torch.tensor(vision, device=device),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(s: Settings) -> None:
+    """`train`: evaluation, GRPO, evaluation, table; README says what is written where."""
+    name = Path(s.vlm).name or s.vlm
+    out = Path(s.out or f"runs/{s.data.replace(':', '-').replace('/', '-')}-{name}-{s.seed}")
+    policy, scorer, samples, heldout = load_all(s, out)
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.model.parameters() if p.requires_grad], s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay
+    )
+    generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling; its state is part of a checkpoint
+    metrics, results, first = [], {}, 0
+    if s.resume:
+        with blame(f"--resume {out}"):
+            first = load_checkpoint(out, policy, optimizer, generator)
+        lines = (out / "metrics.jsonl").read_text().splitlines()[:first]  # steps after the checkpoint are done again
+        metrics, results = [json.loads(line) for line in lines], json.loads((out / "eval.json").read_text())
+        write_text(out / "metrics.jsonl", "".join(line + "\n" for line in lines))
+    else:
+        write_text(out / "config.json", json.dumps(asdict(s) | {"out": str(out), "resume": False, "overwrite": False}, indent=2))
+        write_text(out / "metrics.jsonl", "")
+        results["before"], results["ceiling"] = evaluate(policy, scorer, heldout, s, "before")
+        write_text(out / "eval.json", json.dumps(results, indent=2))
+
+    def logprobs(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
+        return group_logprobs(policy.model, prompts, completions, policy.banned, s.temperature, s.logits_chunk)
+
+    stop = Stop()
+    bar = tqdm(range(first, s.steps), desc="train", unit="step", initial=first, total=s.steps)
+    for step in bar:
+        started, phase = time.perf_counter(), Phases(policy.device)
+        share = min(1.0, (step + 1) / s.warmup) * (1 - step / s.steps if s.lr_decay == "linear" else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * share
+
+        # 1. Rollout: B prompts, G completions each. The images go through the vision tower here and nowhere else.
+        batch = [samples[i] for i in indices(step, s.prompts_per_step, len(samples), s.seed)]
+        policy.model.eval()
+        prompts = policy.read(batch)
+        completions = sample(policy, prompts, s, generator)
+        phase.end("rollout")
+
+        # 2. Reward and advantages.
+        scores = score_completions(scorer, batch, policy.texts(completions), policy.frame, s.accuracy)
+        advantages = group_advantages(scores.reward).to(policy.device)  # (B, G)
+        phase.end("reward")
+
+        # 3. Log-probs that stay fixed during the updates: of the reference (the base model: adapter off), and of the
+        #    policy as it sampled. With a single update the latter are the new ones, detached, and need no pass.
+        updates = s.epochs * s.minibatches
+        passes = [slice(i, i + s.prompts_per_pass) for i in range(0, s.prompts_per_step, s.prompts_per_pass)]
+        with torch.no_grad():
+            with policy.model.disable_adapter():
+                reference = torch.cat([logprobs(prompts[rows], completions[rows])[0] for rows in passes]) if s.beta > 0 else None
+            old = torch.cat([logprobs(prompts[rows], completions[rows])[0] for rows in passes]) if updates > 1 else None
+        phase.end("logprobs")
+
+        # 4. Updates. Gradients add up over the passes of a mini-batch, so the result does not depend on their number.
+        policy.model.train()  # only for gradient checkpointing: there is no dropout
+        log, norms = [], []
+        size = -(-s.prompts_per_step // s.minibatches)
+        for _ in range(s.epochs):
+            for begin in range(0, s.prompts_per_step, size):
+                last = min(begin + size, s.prompts_per_step)
+                for lower in range(begin, last, s.prompts_per_pass):
+                    rows = slice(lower, min(lower + s.prompts_per_pass, last))
+                    new, entropy = logprobs(prompts[rows], completions[rows])
+                    loss, statistics = grpo_loss(
+                        new,
+                        new.detach() if old is None else old[rows],
+                        None if reference is None else reference[rows],
+                        advantages[rows],
+                        completions.mask[rows],
+                        s.eps_low,
+                        s.eps_high,
+                        s.beta,
+                        s.normalise,
+                    )
+                    weight = (rows.stop - rows.start) / (last - begin)
+                    (loss * weight).backward()
+                    statistics["entropy"] = entropy.sum() / completions.mask[rows].sum()
+                    log.append(torch.stack(list(statistics.values())) * (weight / updates))
+                norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), s.max_grad_norm))
+                optimizer.step()
+                optimizer.zero_grad()
+        phase.end("update")
+
+        # 5. Log, save, draw.
+        row = describe(step + 1, scores, completions, policy)
+        row |= dict(zip(statistics, torch.stack(log).sum(0).tolist(), strict=True))
+        row |= {"grad_norm": torch.stack(norms).mean().item(), "lr": s.lr * share}
+        row |= {f"seconds_{name}": seconds for name, seconds in phase.seconds.items()}
+        row |= {"tokens_per_second": completions.mask.sum().item() / (time.perf_counter() - started), "peak_mib": peak_mib(policy.device)}
+        metrics.append(row)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['iou']:.2f}", kl=f"{row['kl']:.3f}")
+        done = step + 1
+        if done % s.save_every == 0 or done == s.steps or stop.asked:
+            save_checkpoint(out, done, policy, optimizer, generator)
+        if done % s.sample_every == 0 or done == s.steps or done == 1:
+            draw_samples(out / "samples" / f"step_{done:05d}.png", policy, scorer, heldout, s)
+            draw_curves(out / "curves.png", metrics)
+        if stop.asked and done < s.steps:
+            bar.close()
+            print(f"stopped after step {done}, all saved; go on with: python samr1_mini.py train --resume --out {out}")
+            raise SystemExit(128 + stop.asked)
+
+    results["after"], _ = evaluate(policy, scorer, heldout, s, "after")
+    write_text(out / "eval.json", json.dumps(results, indent=2))
+    print_table(results, metrics, out)
+
+
+def load_all(s: Settings, out: Path | None = None):
+    """Read everything that the settings name, and prepare the run's folder: whatever is wrong shows before any work."""
+    with blame(f"--data {s.data}"):
+        samples, heldout = load_data(s.data, "train", s.seed), load_data(s.data, "heldout")
+        if not len(samples) or not len(heldout):
+            raise ValueError("holds no samples")
+    with blame(f"--sam {s.sam}"):
+        sam = load_sam(s.sam)
+    policy = load_policy(s)
+    if out:
+        with blame(f"--out {out}"):
+            open_run(out, s)
+    return policy, SamScorer(sam, policy.device), samples, heldout
+
+
+def open_run(out: Path, s: Settings) -> None:
+    """Make the run's folder; never write over a run that is there unless asked to."""
+    if s.resume:
+        return
+    if out.exists() and any(out.iterdir()):
+        if not (out / "config.json").exists():
+            raise ValueError("this folder holds other things than a run: name another one")
+        if not s.overwrite:
+            raise ValueError("a run is there already: go on with --resume, replace it with --overwrite, or name another folder")
+        shutil.rmtree(out)
+    (out / "samples").mkdir(parents=True)
+    (out / "checkpoint").mkdir()
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def indices(step: int, count: int, n: int, seed: int) -> list[int]:
+    """Which `count` of n samples a step takes: every epoch in an order of its own, a function of its arguments alone (so
+    that a resumed run goes on with the right ones)."""
+    places = range(step * count, (step + 1) * count)
+    return [int(permutation(seed, place // n, n)[place % n]) for place in places]
+
+
+def sample(policy: Policy, prompts: Prompts, s: Settings, generator: torch.Generator | None = None, greedy: bool = False):
+    """Complete all prompts, `rollout_prompts` at a time: G samples each, or the one greedy completion."""
+    parts = [
+        rollout(
+            policy.model,
+            prompts[start : start + s.rollout_prompts],
+            1 if greedy else s.group_size,
+            s.max_new_tokens,
+            policy.end,
+            policy.banned,
+            0.0 if greedy else s.temperature,
+            s.top_p,
+            generator,
+        )
+        for start in range(0, len(prompts), s.rollout_prompts)
+    ]
+    longest = max(part.ids.shape[-1] for part in parts)
+    ids = [F.pad(part.ids, (0, longest - part.ids.shape[-1])) for part in parts]
+    mask = [F.pad(part.mask, (0, longest - part.mask.shape[-1])) for part in parts]
+    return Completions(torch.cat(ids), torch.cat(mask))
+
+
+class Stop:
+    """Remembers that Ctrl-C or SIGTERM came, so that the step in hand can be finished. A second one ends the run at once."""
+
+    def __init__(self):
+        self.asked = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self.asked = number
+        tqdm.write("stopping after this step (again: at once)")
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+
+class Phases:
+    """Seconds of each phase of a step. On a GPU the clock is read when the device is done."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def end(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak memory so far, MiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def describe(step: int, scores: Scores, completions: Completions, policy: Policy) -> dict[str, float]:
+    """What a step's rollouts were like, for the log."""
+    lengths = completions.mask.sum(-1).float()
+    row = {"step": step}
+    for name in ("reward", "accuracy", "think_format", "answer_format", "iou"):
+        row[name] = getattr(scores, name).mean().item()
+    edges = [threshold for threshold, _ in TIERS] + [float("inf")]
+    for (low, value), high in zip(TIERS, edges[1:], strict=True):
+        row[f"tier_{value:.0f}"] = ((scores.iou > low) & (scores.iou <= high)).float().mean().item()
+    row["tier_0"] = (scores.iou <= edges[0]).float().mean().item()
+    row["equal_groups"] = (scores.reward.amax(1) == scores.reward.amin(1)).float().mean().item()
+    row["length"] = lengths.mean().item()
+    row["truncated"] = completions.truncated(policy.end).float().mean().item()
+    return row
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name first, then renamed, which the file system does in one go."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+    """Save all that an exact resume needs as one file, and the adapter in peft's own format. The order of the data and the
+    learning rate follow from the step."""
+    weights = get_peft_model_state_dict(policy.model)
+    state = {"step": step, "adapter": weights, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+    temporary = out / "checkpoint" / "state.pt.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, out / "checkpoint" / "state.pt")
+    policy.model.save_pretrained(out / "adapter.tmp")
+    (out / "adapter").mkdir(exist_ok=True)
+    for file in sorted((out / "adapter.tmp").iterdir()):
+        os.replace(file, out / "adapter" / file.name)
+    (out / "adapter.tmp").rmdir()
+
+
+def load_checkpoint(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+    """Put a checkpoint's state in place and return its step."""
+    file = out / "checkpoint" / "state.pt"
+    if not file.is_file():
+        raise FileNotFoundError("no checkpoint was saved there yet: start again with --overwrite")
+    try:
+        state = torch.load(file, map_location=policy.device, weights_only=True)
+        set_peft_model_state_dict(policy.model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is no checkpoint of this model and these settings: {error}") from error
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def true_box(mask: np.ndarray) -> tuple[float, ...]:
+    """The tightest box around a mask (H, W): x1, y1, x2, y2 in image pixels, x2 and y2 one past the last pixel."""
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+
+
+def evaluate(policy: Policy, scorer: SamScorer, dataset, s: Settings, title: str) -> tuple[dict, dict]:
+    """Greedy answers on the first `eval_samples` of a data set. Returns two rows of figures: the policy's, and the
+    ceiling, which is SAM prompted with the true box.
+
+    giou: mean of the images' IoU. ciou: summed intersection / summed union (paper, sec. 4.1).
+    """
+    policy.model.eval()
+    n = min(s.eval_samples, len(dataset))
+    columns: dict[str, list[torch.Tensor]] = {}
+    for start in tqdm(range(0, n, s.eval_batch), desc=f"eval {title}", unit="batch", leave=False):
+        batch = [dataset[i] for i in range(start, min(start + s.eval_batch, n))]
+        texts = policy.texts(sample(policy, policy.read(batch), s, greedy=True))
+        answers = [parse_answer(group[0]) for group in texts]
+        prompts = [
+            [sam_prompt(answer, policy.frame, *one.image.size), SamPrompt(true_box(one.mask), ())]
+            for answer, one in zip(answers, batch, strict=True)
+        ]
+        overlap = scorer.score(batch, prompts)  # column 0: the policy; column 1: the ceiling
+        for name in ("iou", "intersection", "union"):
+            columns.setdefault(name, []).append(getattr(overlap, name).cpu())
+        columns.setdefault("format", []).append(torch.tensor([[a.think_format and a.answer_format, True] for a in answers]))
+    iou, meet, join, form = (torch.cat(columns[name]).double() for name in ("iou", "intersection", "union", "format"))
+    return tuple(
+        {
+            "giou": iou[:, k].mean().item(),
+            "ciou": (meet[:, k].sum() / join[:, k].sum().clamp(min=1)).item(),
+            "format": form[:, k].mean().item(),
+            "n": n,
+        }
+        for k in (0, 1)
+    )
+
+
+def print_table(results: dict, metrics: list[dict], out: Path | None = None) -> None:
+    """The figures of a run, side by side."""
+    print(f"\n{'':12}{'gIoU':>8}{'cIoU':>8}{'format':>8}{'n':>6}")
+    for name in ("before", "after", "ceiling"):
+        if row := results.get(name):
+            print(f"{name:12}{row['giou']:8.3f}{row['ciou']:8.3f}{row['format']:8.3f}{row['n']:6d}")
+    if "after" in results:
+        before, after, ceiling = (results[name]["giou"] for name in ("before", "after", "ceiling"))
+        print(f"\ngap to the ceiling closed: {(after - before) / max(ceiling - before, 1e-9):.0%}")
+    if metrics:
+        tenth = max(1, len(metrics) // 10)
+        for name, label in (("reward", "mean reward (of 6)"), ("iou", "sampled mask IoU")):
+            values = [row[name] for row in metrics]
+            print(f"{label}: {np.mean(values[:tenth]):.2f} -> {np.mean(values[-tenth:]):.2f} (first and last {tenth} steps)")
+        print(f"ratio clipped below {np.mean([r['clip_low'] for r in metrics]):.2%}, above {np.mean([r['clip_high'] for r in metrics]):.2%} of tokens")
+    if out:
+        print(f"written to {out}: curves.png, samples/, adapter/, eval.json, metrics.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+GREEN, RED = (40, 200, 90), (230, 60, 60)
+
+
+def tint(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """The image, darkened, with the mask (H, W) in colour. (H, W, 3) uint8."""
+    pixels = np.asarray(image).astype(np.float32)
+    weight = np.where(mask[..., None], 0.55, 0.0)
+    return (pixels * np.where(mask[..., None], 1.0, 0.6) * (1 - weight) + np.array(colour) * weight).astype(np.uint8)
+
+
+def draw_prompt(axes, prompt: SamPrompt) -> None:
+    """Box and points, image pixels."""
+    if prompt.box:
+        x1, y1, x2, y2 = prompt.box
+        axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color="white", linewidth=1.5))
+    for x, y in prompt.points:
+        axes.plot(x, y, "o", color="white", markeredgecolor="black", markersize=5)
+
+
+def draw_samples(path: Path, policy: Policy, scorer: SamScorer, heldout, s: Settings, count: int = 4) -> None:
+    """The same few held-out samples each time: image, truth, and each completion's mask, reward and text."""
+    batch = [heldout[i] for i in range(min(count, len(heldout)))]
+    policy.model.eval()
+    dice = torch.Generator(policy.device).manual_seed(0)  # its own, so that drawing does not disturb the run
+    texts = policy.texts(sample(policy, policy.read(batch), s, dice))
+    scores = score_completions(scorer, batch, texts, policy.frame, s.accuracy, keep_masks=True)
+    columns = 1 + s.group_size
+    figure = Figure(figsize=(1.9 * columns, 2.9 * len(batch)), dpi=80, layout="constrained")
+    grid = figure.subplots(len(batch), columns, squeeze=False)
+    for b, (row, one) in enumerate(zip(grid, batch, strict=True)):
+        row[0].imshow(tint(one.image, one.mask, GREEN))
+        row[0].set_title("truth", fontsize=8)
+        row[0].set_xlabel(textwrap.fill(one.query, 26), fontsize=8)
+        for g, axes in enumerate(row[1:]):
+            axes.imshow(tint(one.image, scores.overlap.masks[b][g].cpu().numpy(), RED))
+            draw_prompt(axes, scores.prompts[b][g])
+            axes.set_xlim(-0.5, one.image.width - 0.5)
+            axes.set_ylim(one.image.height - 0.5, -0.5)
+            axes.set_title(f"reward {scores.reward[b, g]:.0f}, IoU {scores.iou[b, g]:.2f}", fontsize=8)
+            axes.set_xlabel(textwrap.fill(plain(texts[b][g])[:200], 34), fontsize=5)
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+    save_figure(figure, path)
+
+
+def plain(text: str) -> str:
+    """A completion as text that matplotlib draws as it stands: dollar signs would start a formula."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary)
+    os.replace(temporary, path)
+
+
+def draw_curves(path: Path, metrics: list[dict]) -> None:
+    """Reward and its parts, IoU, KL, entropy, length, and clip shares over the steps; faint: each step, bold: smoothed."""
+    panels = {
+        "reward and its parts": ("reward", "accuracy", "think_format", "answer_format"),
+        "sampled mask IoU": ("iou",),
+        "KL to the reference": ("kl",),
+        "entropy, nats a token": ("entropy",),
+        "length, tokens": ("length",),
+        "share of tokens clipped": ("clip_low", "clip_high"),
+    }
+    steps = [row["step"] for row in metrics]
+    window = max(1, min(15, len(metrics) // 8))
+    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        for k, name in enumerate(names):
+            values = np.array([row[name] for row in metrics])
+            smooth = np.convolve(values, np.ones(window) / window, "valid")
+            axes.plot(steps, values, color=f"C{k}", alpha=0.25, linewidth=0.8)
+            axes.plot(steps[window - 1 :], smooth, color=f"C{k}", label=name.replace("_", " "))
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        if len(names) > 1:
+            axes.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluation(s: Settings) -> None:
+    """`eval`: the figures of an adapter, or of the base model, on held-out samples."""
+    policy, scorer, _, heldout = load_all(s)
+    if s.limit:
+        s.eval_samples = s.limit
+    results = {}
+    results["before" if s.adapter == "none" else "after"], results["ceiling"] = evaluate(policy, scorer, heldout, s, s.data)
+    print_table(results, [])
+    if s.out:
+        write_text(Path(s.out), json.dumps(results, indent=2))
+
+
+def segment(s: Settings) -> None:
+    """`segment`: point out what a query means in one picture. Prints JSON, draws mask, box, points and reasoning."""
+    with blame("--query"):
+        if not s.query.strip():
+            raise ValueError("say what to find in the image")
+    with blame(f"--image {s.image}"):
+        if not s.image:
+            raise ValueError("name a picture")
+        picture = Image.open(s.image).convert("RGB")
+    out = Path(s.out or "segmented.png")
+    with blame(f"--sam {s.sam}"):
+        sam = load_sam(s.sam)
+    policy = load_policy(s)
+    one = Sample(picture, s.query, np.zeros((picture.height, picture.width), bool), None, s.image)
+    text = policy.texts(sample(policy, policy.read([one]), s, greedy=True))[0][0]
+    scores = score_completions(SamScorer(sam, policy.device), [one], [[text]], policy.frame, keep_masks=True)
+    answer, prompt, mask = scores.answers[0][0], scores.prompts[0][0], scores.overlap.masks[0][0].cpu().numpy()
+    figure = Figure(figsize=(7, 7 * picture.height / picture.width + 1.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(tint(picture, mask, RED))
+    draw_prompt(axes, prompt)
+    axes.set_title(textwrap.fill(plain(s.query), 60))
+    axes.set_xlabel(textwrap.fill(plain(answer.thought or text), 90), fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    with blame(f"--out {out}"):
+        save_figure(figure, out)
+    found = {"query": s.query, "bbox": prompt.box, "points": prompt.points, "mask_pixels": int(mask.sum()), "thought": answer.thought}
+    print(json.dumps(found | {"completion": text, "picture": str(out)}))
+
+
+COMMANDS = {"train": train, "eval": evaluation, "segment": segment}
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    if argv[0] not in COMMANDS:
+        print(f"samr1_mini.py: no command is called {argv[0]!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    COMMANDS[argv[0]](parse_settings(argv[0], argv[1:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
