@@ -37,9 +37,10 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     A group needs no critic: its own mean is the baseline. If all rewards are equal, all advantages are 0.
 
     >>> group_advantages(torch.tensor([[6.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]]))
-    tensor([[ 1.3907, -0.1987, -0.1987, -0.9933],
+    tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
+    rewards = rewards - rewards[..., :1]  # the mean of equal numbers may miss them by a rounding error; of zeros it does not
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
 
 
@@ -52,7 +53,7 @@ def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     tensor([0.0000, 0.1931])
     """
     log_q = reference - logprobs
-    return log_q.exp() - log_q - 1
+    return log_q.expm1() - log_q
 
 
 def grpo_loss(
@@ -142,7 +143,7 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the given tokens, and the entropy of each distribution. logits (N, V), tokens (N,) -> (N,), (N,).
 
-    The distribution is the one that was sampled from: at this temperature, without the `banned` tokens.
+    The distribution is the one that was sampled from, but for top_p: at this temperature, without the `banned` tokens.
     """
     logprobs = mask_banned(logits.float() / temperature, banned).log_softmax(-1)
     entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)

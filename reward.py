@@ -18,7 +18,6 @@ reward is ever NaN. There is no `except Exception`: a bug in the reward must loo
 """
 
 import json
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -99,11 +98,15 @@ def _json_object(text: str) -> dict:
     text = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     for attempt in (text, text.replace("'", '"')):
         try:
-            data = json.loads(attempt)
+            data = json.loads(attempt, parse_constant=_no_constant)
         except (ValueError, RecursionError):  # not JSON, or nested deeper than Python's stack
             continue
         return data if isinstance(data, dict) else {}
     return {}
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON, though Python's reader takes it")
 
 
 def _numbers(value: object, count: int) -> tuple[float, ...] | None:
@@ -209,7 +212,7 @@ def load_sam(spec: str) -> Sam:
             weights = safetensors.torch.load_file(file)
         else:  # weights_only: a pickle from the internet may run anything, this reads tensors and nothing else
             weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever a damaged file makes its reader trip over; nothing but the reading is in here
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{file} cannot be read as weights: truncated, or no checkpoint? Fetch it again ({reason})") from error
     sam = build_sam(**SAM_SIZES[size])
@@ -311,10 +314,11 @@ class SamScorer:
     best of its three is brought to full size. Masks are those of `SamPredictor.predict` with the same prompt.
     """
 
-    def __init__(self, sam: Sam, device: torch.device | str = "cpu", encoder_batch: int = 8, decoder_batch: int = 64):
-        """encoder_batch: images a pass; decoder_batch: prompts a call (256 MiB of embeddings at 64 for an official SAM)."""
-        self.sam = sam.to(device).eval().requires_grad_(False)
-        self.device, self.encoder_batch, self.decoder_batch = torch.device(device), encoder_batch, decoder_batch
+    def __init__(self, sam: Sam, device: torch.device | str = "cpu", encoder_batch: int = 8, decoder_batch: int = 64, offload: bool = False):
+        """encoder_batch: images a pass; decoder_batch: prompts a call (256 MiB of embeddings at 64 for an official SAM).
+        offload: keep SAM in the host's memory between calls of `score` (frees 2.4 GiB of the GPU for ViT-H)."""
+        self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)
+        self.device, self.encoder_batch, self.decoder_batch, self.offload = torch.device(device), encoder_batch, decoder_batch, offload
         self.side = sam.image_encoder.img_size
 
     @torch.no_grad()
@@ -337,6 +341,7 @@ class SamScorer:
         prompts: B lists of G prompts, in image pixels. Those that hold nothing get an empty mask.
         """
         B, G = len(samples), len(prompts[0])
+        self.sam.to(self.device)
         embeddings, scales, input_sizes = self.encode([sample.image for sample in samples])
         logits, asked = self._best_logits(embeddings, scales, [p for group in prompts for p in group])
         logits = logits.unflatten(0, (B, G))
@@ -352,6 +357,8 @@ class SamScorer:
             intersection.append(meet.sum((1, 2)).float())
             union.append(join.sum((1, 2)).float())
             masks.append(mask if keep_masks else None)
+        if self.offload:
+            self.sam.to("cpu")
         overlap = torch.stack(intersection), torch.stack(union), asked.view(B, G)
         return Overlap(*overlap, masks if keep_masks else None)
 
@@ -452,3 +459,31 @@ def score_completions(
     think_format = torch.tensor([[float(a.think_format) for a in group] for group in answers])
     answer_format = torch.tensor([[float(a.answer_format) for a in group] for group in answers])
     return Scores(earned + think_format + answer_format, earned, think_format, answer_format, iou, answers, prompts, overlap)
+
+
+def trl_reward(scorer: SamScorer, frame: float, accuracy: str = "tiered"):
+    """The same reward in the form that TRL's trainers take: reward(completions, photo=..., mask=..., **others) -> list.
+
+    TRL hands over the data set's columns, one entry for each completion, so an image comes G times; it is encoded once
+    nevertheless. Columns: `photo`, the image at its own size (PIL; the policy's resized one is TRL's `image`), and `mask`
+    (H, W) bool.
+    """
+
+    class Shown(NamedTuple):
+        image: Image.Image
+        mask: np.ndarray
+        ignore: None = None
+
+    def sam_reward(completions: list, photo: list, mask: list, **others) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]  # plain or conversational
+        groups: dict[tuple, list[int]] = {}
+        for k, (image, truth) in enumerate(zip(photo, mask, strict=True)):
+            groups.setdefault((image.size, image.tobytes(), np.asarray(truth).tobytes()), []).append(k)
+        samples = [Shown(photo[members[0]], np.asarray(mask[members[0]], bool)) for members in groups.values()]
+        longest = max(map(len, groups.values()))  # shorter groups are filled up with empty texts, which cost nothing
+        rows = [[texts[k] for k in members] + [""] * (longest - len(members)) for members in groups.values()]
+        rewards = score_completions(scorer, samples, rows, frame, accuracy).reward.tolist()
+        found = {k: row[g] for row, members in zip(rewards, groups.values(), strict=True) for g, k in enumerate(members)}
+        return [found[k] for k in range(len(texts))]
+
+    return sam_reward

@@ -22,9 +22,11 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from dataclasses import asdict, dataclass, field
@@ -39,11 +41,23 @@ from matplotlib.patches import Rectangle
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Qwen2_5_VLConfig
 
-from data import Sample, load_data, messages
+from data import BadSample, Sample, load_data, messages
 from grpo import Completions, Prompts, encode_prompts, group_advantages, group_logprobs, grpo_loss, rollout
-from reward import ACCURACY_REWARDS, TIERS, SamPrompt, SamScorer, Scores, load_sam, parse_answer, sam_prompt, score_completions
+from reward import (
+    ACCURACY_REWARDS,
+    SAM_SIZES,
+    TIERS,
+    SamPrompt,
+    SamScorer,
+    Scores,
+    build_sam,
+    load_sam,
+    parse_answer,
+    sam_prompt,
+    score_completions,
+)
 
 try:
     import resource  # peak memory of the process
@@ -67,8 +81,10 @@ class Settings:
     preset: str = setting("tiny", "tiny, qwen3b or qwen7b: fills in the settings below", ("tiny", "qwen3b", "qwen7b"))
     vlm: str = setting("tiny", "the policy: tiny, a Hugging Face name, or a local folder. Paper: Qwen2.5-VL-7B")
     sam: str = setting("tiny", "the segmenter: tiny, or vit_b|vit_l|vit_h:CHECKPOINT. Paper: SAM2-Large")
-    data: str = setting("shapes", "the data set: shapes. Paper: 3,000 expressions of RefCOCOg")
-    out: str = setting("", "train: folder of the run (default runs/<data>-<vlm>-<seed>); segment: the picture to write")
+    data: str = setting("shapes", "shapes, or refcocog|refcoco|refcoco+|reasonseg:ROOT[/SPLIT]. Paper: RefCOCOg")
+    train_samples: int = setting(3000, "expressions to draw from RefCOCO's training split. Paper: 3,000 of 104,560")
+    data_seed: int = setting(0, "of that draw, and of the drawn scenes; the --seed of data.py fetch")
+    out: str = setting("", "train, eval, merge: folder to write (default: one in runs/); segment: the picture")
     seed: int = setting(0, "of the adapter's first weights, the order of the data, and sampling")
     device: str = setting("auto", "auto takes cuda, then mps, then cpu")
     # What the policy sees and says
@@ -93,12 +109,12 @@ class Settings:
     beta: float = setting(0.005, "weight of the KL to the reference. *Assumed* (Seg-Zero's); the paper keeps the term, fig. 4a")
     normalise: str = setting("token", "token: every token of a group weighs the same (paper); sequence: GRPO's mean", ("token", "sequence"))
     # Optimisation
-    steps: int = setting(250, "rollouts to learn from; 0 evaluates only. Measured: the tiny model has levelled off by then")
-    epochs: int = setting(1, "passes over a step's completions. *Assumed*")
+    steps: int = setting(200, "rollouts to learn from. Measured: the tiny model has levelled off by then")
+    epochs: int = setting(2, "passes over a step's completions. *Assumed*; a second one gives the clip more to do")
     minibatches: int = setting(2, "updates a pass, each on its share of the prompts. With one update a step the clip never acts")
-    lr: float = setting(2e-3, "AdamW's learning rate, of the adapter. Paper: 1e-6 for full fine-tuning")
+    lr: float = setting(1e-3, "AdamW's learning rate, of the adapter. Paper: 1e-6 for full fine-tuning")
     lr_decay: str = setting("linear", "linear (to zero at the last step) or constant. *Assumed*", ("linear", "constant"))
-    warmup: int = setting(5, "steps over which the learning rate rises. *Assumed*")
+    warmup: int = setting(10, "steps over which the learning rate rises. *Assumed*")
     weight_decay: float = setting(0.0, "AdamW's. *Assumed*")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm. *Assumed*")
     lora_rank: int = setting(16, "rank of the adapter, on every linear of the language model. Not in the paper: it trains all weights")
@@ -108,6 +124,9 @@ class Settings:
     prompts_per_pass: int = setting(8, "prompts (each with its G completions) in one forward and backward pass")
     rollout_prompts: int = setting(64, "prompts decoded together, times G completions")
     checkpoint_layers: bool = setting(False, "recompute the language model's layers in the backward pass")
+    sam_batch: int = setting(8, "images that SAM encodes at once")
+    sam_prompts: int = setting(64, "prompts that SAM decodes in one call")
+    sam_offload: bool = setting(False, "keep SAM in the host's memory while it is not asked")
     logits_chunk: int = setting(4096, "token positions that go through the lm_head at once; 256 at a vocabulary of 151,936")
     # Evaluation and files
     eval_samples: int = setting(256, "held-out samples in the evaluation before and after training")
@@ -116,13 +135,24 @@ class Settings:
     save_every: int = setting(25, "steps between checkpoints")
     resume: bool = setting(False, "go on from the checkpoint in --out, exactly")
     overwrite: bool = setting(False, "delete an existing run in --out")
-    adapter: str = setting("none", "eval, segment: folder of a trained adapter, or none for the base model")
+    dry_run: bool = setting(False, "train: print the memory that is expected, by part, and stop; downloads no weights")
+    adapter: str = setting("none", "eval, segment, merge: folder of a trained adapter, or none for the base model")
     limit: int = setting(0, "eval: only the first so many samples; 0 is --eval_samples")
     image: str = setting("", "segment: the picture")
     query: str = setting("", "segment: what to find in it")
 
 
-PRESETS = {"tiny": {}}
+# One 24 GB GPU. Paper: 840 x 840, G = 8, eps 0.2 / 0.3, 3,000 samples. *Assumed*: all else. 375 steps of 8 prompts are one pass.
+QWEN = dict(
+    sam="vit_h:sam_vit_h_4b8939.pth", data="refcocog:data", side=840, prompt="full", max_new_tokens=512, steps=375, lr=1e-5,
+    lr_decay="constant", minibatches=2, epochs=1, lora_rank=32, lora_alpha=64, threads=0, prompts_per_pass=1,
+    rollout_prompts=8, checkpoint_layers=True, logits_chunk=256, sam_batch=1, eval_batch=8, sample_every=25,
+)  # fmt: skip
+PRESETS = {
+    "tiny": {},
+    "qwen3b": QWEN | {"vlm": "Qwen/Qwen2.5-VL-3B-Instruct"},
+    "qwen7b": QWEN | {"vlm": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_prompts": 4, "sam_offload": True, "sam_prompts": 16},
+}
 
 
 def parse_settings(command: str, argv: list[str]) -> Settings:
@@ -148,10 +178,10 @@ def parse_settings(command: str, argv: list[str]) -> Settings:
         with blame("--resume"):
             if not given.out:
                 raise ValueError("name the run with --out")
-            filled.set_defaults(**json.loads((Path(given.out) / "config.json").read_text()), resume=True)
+            filled.set_defaults(**json.loads((Path(given.out) / "config.json").read_text()) | {"resume": True})
     s = Settings(**vars(filled.parse_args(argv)))
     for name in ("side", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "lora_rank", "prompts_per_pass",
-                 "rollout_prompts", "logits_chunk", "eval_samples", "eval_batch", "sample_every", "save_every"):  # fmt: skip
+                 "rollout_prompts", "logits_chunk", "train_samples", "sam_batch", "sam_prompts", "eval_samples", "eval_batch", "sample_every", "save_every"):  # fmt: skip
         if getattr(s, name) < 1:
             filled.error(f"--{name} must be at least 1")
     if s.group_size < 2:
@@ -164,12 +194,12 @@ def parse_settings(command: str, argv: list[str]) -> Settings:
 
 
 @contextlib.contextmanager
-def blame(flag: str):
-    """Turn what goes wrong while an input is read into one line that names it, and exit code 2. Only around such reading:
-    an error anywhere else is a bug and keeps its traceback."""
+def blame(flag: str, errors: tuple = (OSError, ValueError, KeyError, RuntimeError)):
+    """Turn what goes wrong while a file is read or written into one line that names it, and exit code 2. Only around that: an
+    error anywhere else is a bug and keeps its traceback."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except errors as error:
         print(f"samr1_mini.py: {flag}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -220,13 +250,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+LORA_TARGETS = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"  # every linear layer; never the vision tower
+
+
+def vlm_folder(s: Settings) -> str:
+    return str(HERE / "tiny" / "vlm") if s.vlm == "tiny" else s.vlm
+
+
 def load_policy(s: Settings) -> Policy:
     """Load the VLM that the settings name, with a fresh adapter or, with --adapter, a trained one."""
     with blame(f"--device {s.device}"):
         device = choose_device(s.device)
     if s.threads:
         torch.set_num_threads(s.threads)
-    folder = str(HERE / "tiny" / "vlm") if s.vlm == "tiny" else s.vlm
+    folder = vlm_folder(s)
     with blame(f"--vlm {s.vlm}"):
         if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
             raise FileNotFoundError("there is no such folder: give one that save_pretrained wrote, or a Hugging Face name")
@@ -248,7 +285,7 @@ def load_policy(s: Settings) -> Policy:
         lora = LoraConfig(
             r=s.lora_rank,
             lora_alpha=s.lora_alpha,
-            target_modules=r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj",  # never the vision tower
+            target_modules=LORA_TARGETS,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
@@ -258,7 +295,9 @@ def load_policy(s: Settings) -> Policy:
                 raise FileNotFoundError("no adapter there: name a folder with adapter_config.json, such as RUN/adapter")
             model = PeftModel.from_pretrained(model, s.adapter)
     if s.checkpoint_layers:
-        model.get_base_model().model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = model.get_base_model().model.language_model
+        enable = getattr(layers, "activation_checkpointing_enable", None) or layers.gradient_checkpointing_enable  # renamed in 5.23
+        enable({"use_reentrant": False})
     tokens = processor.tokenizer
     ends = model.generation_config.eos_token_id or tokens.eos_token_id
     config = model.config
@@ -282,8 +321,9 @@ def load_policy(s: Settings) -> Policy:
 
 def train(s: Settings) -> None:
     """`train`: evaluation, GRPO, evaluation, table; README says what is written where."""
-    name = Path(s.vlm).name or s.vlm
-    out = Path(s.out or f"runs/{s.data.replace(':', '-').replace('/', '-')}-{name}-{s.seed}")
+    if s.dry_run:
+        return print_memory(s)
+    out = Path(s.out or f"runs/{run_name(s)}-{s.seed}")
     policy, scorer, samples, heldout = load_all(s, out)
     optimizer = torch.optim.AdamW(
         [p for p in policy.model.parameters() if p.requires_grad], s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay
@@ -297,9 +337,9 @@ def train(s: Settings) -> None:
         metrics, results = [json.loads(line) for line in lines], json.loads((out / "eval.json").read_text())
         write_text(out / "metrics.jsonl", "".join(line + "\n" for line in lines))
     else:
-        write_text(out / "config.json", json.dumps(asdict(s) | {"out": str(out), "resume": False, "overwrite": False}, indent=2))
+        save_settings(out, s)
         write_text(out / "metrics.jsonl", "")
-        results["before"], results["ceiling"] = evaluate(policy, scorer, heldout, s, "before")
+        results["before"], results["ceiling"] = summary(evaluate(policy, scorer, heldout, s, "before"))
         write_text(out / "eval.json", json.dumps(results, indent=2))
 
     def logprobs(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,7 +354,7 @@ def train(s: Settings) -> None:
             group["lr"] = s.lr * share
 
         # 1. Rollout: B prompts, G completions each. The images go through the vision tower here and nowhere else.
-        batch = [samples[i] for i in indices(step, s.prompts_per_step, len(samples), s.seed)]
+        batch, skipped = load_samples(samples, indices(step, s.prompts_per_step, len(samples), s.seed))
         policy.model.eval()
         prompts = policy.read(batch)
         completions = sample(policy, prompts, s, generator)
@@ -366,44 +406,68 @@ def train(s: Settings) -> None:
         phase.end("update")
 
         # 5. Log, save, draw.
-        row = describe(step + 1, scores, completions, policy)
+        row = describe(step + 1, scores, completions, policy) | {"skipped": skipped}
         row |= dict(zip(statistics, torch.stack(log).sum(0).tolist(), strict=True))
         row |= {"grad_norm": torch.stack(norms).mean().item(), "lr": s.lr * share}
         row |= {f"seconds_{name}": seconds for name, seconds in phase.seconds.items()}
-        row |= {"tokens_per_second": completions.mask.sum().item() / (time.perf_counter() - started), "peak_mib": peak_mib(policy.device)}
+        row |= {f"peak_mib_{name}": peak for name, peak in phase.peaks.items()}
+        row |= {"tokens_per_second": completions.mask.sum().item() / (time.perf_counter() - started), "peak_mib": max(phase.peaks.values())}
         metrics.append(row)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
         bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['iou']:.2f}", kl=f"{row['kl']:.3f}")
         done = step + 1
-        if done % s.save_every == 0 or done == s.steps or stop.asked:
-            save_checkpoint(out, done, policy, optimizer, generator)
-        if done % s.sample_every == 0 or done == s.steps or done == 1:
-            draw_samples(out / "samples" / f"step_{done:05d}.png", policy, scorer, heldout, s)
-            draw_curves(out / "curves.png", metrics)
+        unwritten = f"--out {out} cannot be written (the checkpoint there is whole: make room, then --resume)"
+        with blame(unwritten):
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if done % s.save_every == 0 or done == s.steps or stop.asked:
+                save_checkpoint(out, done, policy, optimizer, generator)
+        with blame(unwritten, (OSError,)):
+            if done % s.sample_every == 0 or done == s.steps or done == 1:
+                draw_samples(out / "samples" / f"step_{done:05d}.png", policy, scorer, heldout, s)
+                draw_curves(out / "curves.png", metrics)
         if stop.asked and done < s.steps:
             bar.close()
             print(f"stopped after step {done}, all saved; go on with: python samr1_mini.py train --resume --out {out}")
             raise SystemExit(128 + stop.asked)
 
-    results["after"], _ = evaluate(policy, scorer, heldout, s, "after")
+    results["after"], _ = summary(evaluate(policy, scorer, heldout, s, "after"))
     write_text(out / "eval.json", json.dumps(results, indent=2))
     print_table(results, metrics, out)
 
 
-def load_all(s: Settings, out: Path | None = None):
+def load_all(s: Settings, out: Path | None = None, training: bool = True):
     """Read everything that the settings name, and prepare the run's folder: whatever is wrong shows before any work."""
     with blame(f"--data {s.data}"):
-        samples, heldout = load_data(s.data, "train", s.seed), load_data(s.data, "heldout")
-        if not len(samples) or not len(heldout):
-            raise ValueError("holds no samples")
+        samples = load_data(s.data, "train", s.data_seed, s.train_samples) if training else None
+        heldout = load_data(s.data, "heldout")
     with blame(f"--sam {s.sam}"):
         sam = load_sam(s.sam)
     policy = load_policy(s)
     if out:
         with blame(f"--out {out}"):
             open_run(out, s)
-    return policy, SamScorer(sam, policy.device), samples, heldout
+    return policy, SamScorer(sam, policy.device, s.sam_batch, s.sam_prompts, s.sam_offload), samples, heldout
+
+
+def run_name(s: Settings) -> str:
+    """<data>-<vlm>, fit for a file name."""
+    return re.sub(r"[^\w.+]+", "-", f"{s.data}-{Path(s.vlm).name}")
+
+
+def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
+    """The chosen samples; one that cannot be used is told of and replaced by the next in the set. Returns how many were."""
+    batch, skipped = [], 0
+    for index in chosen:
+        for attempt in range(100):
+            try:
+                batch.append(dataset[(index + attempt) % len(dataset)])
+                break
+            except BadSample as error:
+                skipped += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        else:
+            raise SystemExit("samr1_mini.py: --data: 100 samples in a row cannot be used, see above; what is trained is saved")
+    return batch, skipped
 
 
 def open_run(out: Path, s: Settings) -> None:
@@ -416,8 +480,12 @@ def open_run(out: Path, s: Settings) -> None:
         if not s.overwrite:
             raise ValueError("a run is there already: go on with --resume, replace it with --overwrite, or name another folder")
         shutil.rmtree(out)
-    (out / "samples").mkdir(parents=True)
-    (out / "checkpoint").mkdir()
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def save_settings(out: Path, s: Settings) -> None:
+    """What --resume goes on with."""
+    write_text(out / "config.json", json.dumps(asdict(s) | {"out": str(out), "resume": False, "overwrite": False}, indent=2))
 
 
 @lru_cache(maxsize=2)
@@ -470,22 +538,25 @@ class Stop:
 
 
 class Phases:
-    """Seconds of each phase of a step. On a GPU the clock is read when the device is done."""
+    """Seconds and peak memory of each phase of a step. On a GPU the clock is read when the device is done."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+        self.device, self.seconds, self.peaks, self.last = device, {}, {}, time.perf_counter()
 
     def end(self, name: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name], self.last = now - self.last, now
+        self.peaks[name] = peak_mib(self.device)
 
 
 def peak_mib(device: torch.device) -> float:
-    """Peak memory so far, MiB: of the GPU, or of the process."""
+    """Peak memory, MiB: of the GPU since the last call, or of the process since it began."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return peak
     if resource is None:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -508,11 +579,21 @@ def describe(step: int, scores: Scores, completions: Completions, policy: Policy
     return row
 
 
-def write_text(path: Path, text: str) -> None:
+@contextlib.contextmanager
+def whole_file(path: Path):
     """Write a file whole or not at all: under another name first, then renamed, which the file system does in one go."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def save_checkpoint(out: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
@@ -520,14 +601,13 @@ def save_checkpoint(out: Path, step: int, policy: Policy, optimizer: torch.optim
     learning rate follow from the step."""
     weights = get_peft_model_state_dict(policy.model)
     state = {"step": step, "adapter": weights, "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-    temporary = out / "checkpoint" / "state.pt.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, out / "checkpoint" / "state.pt")
-    policy.model.save_pretrained(out / "adapter.tmp")
-    (out / "adapter").mkdir(exist_ok=True)
-    for file in sorted((out / "adapter.tmp").iterdir()):
-        os.replace(file, out / "adapter" / file.name)
-    (out / "adapter.tmp").rmdir()
+    with whole_file(out / "checkpoint" / "state.pt") as temporary:
+        torch.save(state, temporary)
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # peft writes several files; each is put in its place whole
+        policy.model.save_pretrained(folder)
+        (out / "adapter").mkdir(exist_ok=True)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, out / "adapter" / file.name)
 
 
 def load_checkpoint(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
@@ -546,89 +626,227 @@ def load_checkpoint(out: Path, policy: Policy, optimizer: torch.optim.Optimizer,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory, by arithmetic
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def published_config(vlm: str):
+    """The architecture of a policy, without its weights: from the sizes that Qwen2.5-VL's authors publish (config.json of the
+    3B and 7B models), so that nothing is downloaded; for any other model from its own config.json."""
+    sizes = {
+        "Qwen/Qwen2.5-VL-3B-Instruct": dict(
+            hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+            vocab_size=151936, tie_word_embeddings=True,
+        ),
+        "Qwen/Qwen2.5-VL-7B-Instruct": dict(
+            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+            vocab_size=152064, tie_word_embeddings=False,
+        ),
+    }  # fmt: skip
+    if vlm not in sizes:
+        return AutoConfig.from_pretrained(vlm)
+    text = sizes[vlm] | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    vision = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31], out_hidden_size=text["hidden_size"],
+    )  # fmt: skip
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
+
+
+def expected_memory(s: Settings) -> dict[str, dict[str, tuple[int, str]]]:
+    """Bytes by phase and part, each with its arithmetic, for a GPU (bfloat16). An estimate: allocators round up, and kernels
+    take workspace."""
+    with blame(f"--vlm {s.vlm}"):
+        config = published_config(vlm_folder(s))
+    with torch.device("meta"):  # shapes without memory
+        vlm = AutoModelForImageTextToText.from_config(config)
+        sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
+    text, vision = config.text_config, config.vision_config
+    linears = [m for n, m in vlm.named_modules() if re.fullmatch(LORA_TARGETS, n)]
+    weights, adapter, segmenter = (
+        sum(p.numel() for p in vlm.parameters()),
+        s.lora_rank * sum(m.in_features + m.out_features for m in linears),
+        sum(p.numel() for p in sam.parameters()),
+    )
+    layers, hidden, inner, V, G = text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size, s.group_size
+    P = (s.side // (vision.patch_size * vision.spatial_merge_size)) ** 2 + (250 if s.prompt == "full" else 20)
+    T, rows = s.max_new_tokens, min(s.rollout_prompts, s.prompts_per_step) * G
+    L, passes = P + G * T, s.prompts_per_pass
+    head = hidden // text.num_attention_heads
+    cache = rows * (P + T) * layers * 2 * text.num_key_value_heads * head * 2
+    grid = sam.image_encoder.img_size // sam.image_encoder.patch_embed.proj.stride[0]
+    width, prompts = sam.prompt_encoder.embed_dim, min(s.sam_prompts, s.prompts_per_step * G)
+    always = {
+        "policy weights": (weights * 2, f"{weights / 1e9:.2f}e9 weights x 2 bytes"),
+        "adapter": (adapter * 16, f"{adapter / 1e6:.1f}e6 weights x 16 bytes: itself, gradient, two moments of AdamW, float32"),
+    }
+    resident = {"SAM weights": (segmenter * 4, f"{segmenter / 1e6:.0f}e6 weights x 4 bytes")}
+    beside = {} if s.sam_offload else resident
+    return {
+        "rollout": always
+        | beside
+        | {
+            "keys and values": (cache, f"{rows} rows x {P + T} tokens x {layers} layers x 2 x {text.num_key_value_heads} heads x {head} x 2 bytes"),
+            "their growth": (2 * cache // layers, "a second copy of one layer's, while a token is appended"),
+            "logits": (rows * V * 14, f"{rows} rows x {V} x (2 + 3 x 4) bytes: logits, and three float32 tensors of sampling"),
+        },
+        "reward": always
+        | resident
+        | {"SAM decoder": (prompts * 10 * width * grid**2 * 4, f"{prompts} prompts x 10 maps of {width} x {grid} x {grid} x 4 bytes (9 to 10 measured on a CPU)")},
+        "update": always
+        | beside
+        | {
+            "inputs of the layers": (passes * L * layers * hidden * 2, f"{passes} x {L} tokens x {layers} layers x {hidden} x 2 bytes")
+            if s.checkpoint_layers
+            else (passes * L * layers * (56 * hidden + 16 * inner), f"{passes} x {L} tokens x {layers} layers x (56 x {hidden} + 16 x {inner}) bytes"),
+            "one layer recomputed": (passes * L * (56 * hidden + 16 * inner), f"{passes} x {L} tokens x (56 x {hidden} + 16 x {inner}) bytes"),
+            "attention mask": (passes * L * L * 3, f"{passes} x {L} x {L} x (1 + 2) bytes"),
+            "logits": (s.logits_chunk * V * 14, f"{s.logits_chunk} positions x {V} x (2 + 3 x 4) bytes"),
+        },
+    }  # fmt: skip
+
+
+def print_memory(s: Settings) -> None:
+    """`train --dry-run`."""
+    for phase, parts in (expected := expected_memory(s)).items():
+        print(f"\n{phase}")
+        for part, (size, why) in parts.items():
+            print(f"  {part:22}{size / 2**30:8.2f} GiB  {why}")
+        print(f"  {'together':22}{sum(size for size, _ in parts.values()) / 2**30:8.2f} GiB")
+    peak = max(sum(size for size, _ in parts.values()) for parts in expected.values())
+    print(f"\nexpected peak: {peak / 2**30:.1f} GiB ({peak / 1e9:.1f} GB). By arithmetic, not measured; benchmarks/gpu_24gb.py measures.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def true_box(mask: np.ndarray) -> tuple[float, ...]:
+def true_box(mask: np.ndarray) -> tuple[float, ...] | None:
     """The tightest box around a mask (H, W): x1, y1, x2, y2 in image pixels, x2 and y2 one past the last pixel."""
+    if not mask.any():
+        return None
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
 
 
-def evaluate(policy: Policy, scorer: SamScorer, dataset, s: Settings, title: str) -> tuple[dict, dict]:
-    """Greedy answers on the first `eval_samples` of a data set. Returns two rows of figures: the policy's, and the
-    ceiling, which is SAM prompted with the true box.
+def judge(policy: Policy, scorer: SamScorer, batch: list[Sample], s: Settings) -> list[dict]:
+    """Greedy answers to a batch, a row each: what was said, and how its mask and box meet the truth. `ceiling_*` is SAM
+    prompted with the true box. Boxes and points in image pixels; intersection and union in pixels."""
+    texts = [group[0] for group in policy.texts(sample(policy, policy.read(batch), s, greedy=True))]
+    answers = [parse_answer(text) for text in texts]
+    prompts = [sam_prompt(answer, policy.frame, *one.image.size) for answer, one in zip(answers, batch, strict=True)]
+    truths = [SamPrompt(true_box(one.mask), ()) for one in batch]
+    overlap = scorer.score(batch, [list(pair) for pair in zip(prompts, truths, strict=True)])
+    numbers = [column.tolist() for column in (overlap.intersection, overlap.union, overlap.iou)]
+    rows = []
+    for one, text, answer, prompt, truth, meet, join, iou in zip(batch, texts, answers, prompts, truths, *numbers, strict=True):
+        row = {"id": one.id, "query": one.query, "answer": text, "box": prompt.box, "points": prompt.points}
+        row |= {"format": answer.think_format and answer.answer_format, "box_iou": box_iou(prompt.box, truth.box)}
+        row |= {"intersection": meet[0], "union": join[0], "iou": iou[0]}
+        rows.append(row | {"ceiling_intersection": meet[1], "ceiling_union": join[1], "ceiling_iou": iou[1]})
+    return rows
 
-    giou: mean of the images' IoU. ciou: summed intersection / summed union (paper, sec. 4.1).
+
+def box_iou(a: tuple[float, ...] | None, b: tuple[float, ...] | None) -> float:
+    """Intersection over union of two boxes x1, y1, x2, y2; 0 if one is missing.
+
+    >>> box_iou((0, 0, 4, 2), (2, 0, 6, 2))
+    0.3333333333333333
     """
+    if a is None or b is None:
+        return 0.0
+    meet = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return meet / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - meet)
+
+
+def figures(rows: list[dict], of: str = "") -> dict[str, float]:
+    """The paper's figures (sec. 4.1) from `judge`'s rows, of the policy or, with of="ceiling_", of SAM with the true box.
+
+    giou: mean IoU of the samples. ciou: summed intersection / summed union. box: share of boxes with IoU above 0.5.
+
+    >>> rows = [{"iou": 0.5, "intersection": 10, "union": 20, "format": True, "box_iou": 0.6}]
+    >>> rows += [{"iou": 0.1, "intersection": 10, "union": 100, "format": False, "box_iou": 0.5}]
+    >>> figures(rows)
+    {'giou': 0.3, 'ciou': 0.16666666666666666, 'format': 0.5, 'box': 0.5, 'n': 2}
+    """
+    n = max(len(rows), 1)
+    result = {"giou": sum(row[of + "iou"] for row in rows) / n}
+    result["ciou"] = sum(row[of + "intersection"] for row in rows) / max(sum(row[of + "union"] for row in rows), 1)
+    if not of:
+        result |= {"format": sum(row["format"] for row in rows) / n, "box": sum(row["box_iou"] > 0.5 for row in rows) / n}
+    return result | {"n": len(rows)}
+
+
+def evaluate(policy: Policy, scorer: SamScorer, dataset, s: Settings, title: str, done: list[dict] = (), log=None) -> list[dict]:
+    """`judge` on the first `eval_samples` of a data set; rows in `done` are not made again, new ones go to the file `log`.
+    A sample that cannot be used gets a row that says why, and counts in no figure."""
     policy.model.eval()
-    n = min(s.eval_samples, len(dataset))
-    columns: dict[str, list[torch.Tensor]] = {}
-    for start in tqdm(range(0, n, s.eval_batch), desc=f"eval {title}", unit="batch", leave=False):
-        batch = [dataset[i] for i in range(start, min(start + s.eval_batch, n))]
-        texts = policy.texts(sample(policy, policy.read(batch), s, greedy=True))
-        answers = [parse_answer(group[0]) for group in texts]
-        prompts = [
-            [sam_prompt(answer, policy.frame, *one.image.size), SamPrompt(true_box(one.mask), ())]
-            for answer, one in zip(answers, batch, strict=True)
-        ]
-        overlap = scorer.score(batch, prompts)  # column 0: the policy; column 1: the ceiling
-        for name in ("iou", "intersection", "union"):
-            columns.setdefault(name, []).append(getattr(overlap, name).cpu())
-        columns.setdefault("format", []).append(torch.tensor([[a.think_format and a.answer_format, True] for a in answers]))
-    iou, meet, join, form = (torch.cat(columns[name]).double() for name in ("iou", "intersection", "union", "format"))
-    return tuple(
-        {
-            "giou": iou[:, k].mean().item(),
-            "ciou": (meet[:, k].sum() / join[:, k].sum().clamp(min=1)).item(),
-            "format": form[:, k].mean().item(),
-            "n": n,
-        }
-        for k in (0, 1)
-    )
+    rows, n = list(done), min(s.eval_samples, len(dataset))
+    for start in tqdm(range(len(rows), n, s.eval_batch), desc=f"eval {title}", unit="batch", leave=False):
+        fresh, batch = [], []
+        for index in range(start, min(start + s.eval_batch, n)):
+            try:
+                batch.append(dataset[index])
+            except BadSample as error:
+                fresh.append({"skipped": str(error)})
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        fresh += judge(policy, scorer, batch, s) if batch else []
+        if log:
+            log.write("".join(json.dumps(row) + "\n" for row in fresh))
+            log.flush()
+        rows += fresh
+    return rows
 
 
-def print_table(results: dict, metrics: list[dict], out: Path | None = None) -> None:
+def summary(rows: list[dict]) -> tuple[dict, dict]:
+    """(figures of the policy, figures of the ceiling) over the rows that could be judged."""
+    judged = [row for row in rows if "skipped" not in row]
+    return figures(judged), figures(judged, "ceiling_")
+
+
+def print_table(results: dict, metrics: list[dict], out: Path) -> None:
     """The figures of a run, side by side."""
-    print(f"\n{'':12}{'gIoU':>8}{'cIoU':>8}{'format':>8}{'n':>6}")
-    for name in ("before", "after", "ceiling"):
-        if row := results.get(name):
-            print(f"{name:12}{row['giou']:8.3f}{row['ciou']:8.3f}{row['format']:8.3f}{row['n']:6d}")
-    if "after" in results:
+    columns = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5"}
+    print(f"\n{'':12}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
+    for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # the ceiling last
+        print(f"{name:12}{''.join(f'{row[c]:9.3f}' if c in row else f'{chr(45):>9}' for c in columns)}{row['n']:7d}")
+    if "before" in results and "after" in results:
         before, after, ceiling = (results[name]["giou"] for name in ("before", "after", "ceiling"))
         print(f"\ngap to the ceiling closed: {(after - before) / max(ceiling - before, 1e-9):.0%}")
     if metrics:
-        tenth = max(1, len(metrics) // 10)
         for name, label in (("reward", "mean reward (of 6)"), ("iou", "sampled mask IoU")):
             values = [row[name] for row in metrics]
-            print(f"{label}: {np.mean(values[:tenth]):.2f} -> {np.mean(values[-tenth:]):.2f} (first and last {tenth} steps)")
+            print(f"{label}: {np.mean(values[:5]):.2f} -> {np.mean(values[-20:]):.2f} (first 5 and last 20 steps)")
         print(f"ratio clipped below {np.mean([r['clip_low'] for r in metrics]):.2%}, above {np.mean([r['clip_high'] for r in metrics]):.2%} of tokens")
-    if out:
-        print(f"written to {out}: curves.png, samples/, adapter/, eval.json, metrics.jsonl")
+    print(f"written to {out}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in out.iterdir()))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-GREEN, RED = (40, 200, 90), (230, 60, 60)
+TRUTH, FOUND = "lime", "magenta"  # outlines; no drawn shape has these colours
 
 
-def tint(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """The image, darkened, with the mask (H, W) in colour. (H, W, 3) uint8."""
-    pixels = np.asarray(image).astype(np.float32)
-    weight = np.where(mask[..., None], 0.55, 0.0)
-    return (pixels * np.where(mask[..., None], 1.0, 0.6) * (1 - weight) + np.array(colour) * weight).astype(np.uint8)
+def draw_mask(axes, image: Image.Image, mask: np.ndarray, colour: str) -> None:
+    """The image, darkened outside of the mask (H, W), and the mask's outline."""
+    pixels = np.asarray(image) * np.where(mask[..., None], 1.0, 0.5)
+    axes.imshow(pixels.astype(np.uint8))
+    axes.autoscale(False)  # what is drawn on top does not change the frame
+    if mask.any() and not mask.all():
+        axes.contour(mask, levels=[0.5], colors=colour, linewidths=1.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def draw_prompt(axes, prompt: SamPrompt) -> None:
-    """Box and points, image pixels."""
+    """Box and points. Their coordinates run from a pixel's edge, matplotlib's from its middle."""
     if prompt.box:
         x1, y1, x2, y2 = prompt.box
-        axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color="white", linewidth=1.5))
+        axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color="white", linewidth=1.2))
     for x, y in prompt.points:
-        axes.plot(x, y, "o", color="white", markeredgecolor="black", markersize=5)
+        axes.plot(x - 0.5, y - 0.5, "o", color="white", markeredgecolor="black", markersize=4)
 
 
 def draw_samples(path: Path, policy: Policy, scorer: SamScorer, heldout, s: Settings, count: int = 4) -> None:
@@ -639,22 +857,17 @@ def draw_samples(path: Path, policy: Policy, scorer: SamScorer, heldout, s: Sett
     texts = policy.texts(sample(policy, policy.read(batch), s, dice))
     scores = score_completions(scorer, batch, texts, policy.frame, s.accuracy, keep_masks=True)
     columns = 1 + s.group_size
-    figure = Figure(figsize=(1.9 * columns, 2.9 * len(batch)), dpi=80, layout="constrained")
+    figure = Figure(figsize=(1.9 * columns, 2.8 * len(batch)), dpi=110, layout="constrained")
     grid = figure.subplots(len(batch), columns, squeeze=False)
     for b, (row, one) in enumerate(zip(grid, batch, strict=True)):
-        row[0].imshow(tint(one.image, one.mask, GREEN))
+        draw_mask(row[0], one.image, one.mask, TRUTH)
         row[0].set_title("truth", fontsize=8)
         row[0].set_xlabel(textwrap.fill(one.query, 26), fontsize=8)
         for g, axes in enumerate(row[1:]):
-            axes.imshow(tint(one.image, scores.overlap.masks[b][g].cpu().numpy(), RED))
+            draw_mask(axes, one.image, scores.overlap.masks[b][g].cpu().numpy(), FOUND)
             draw_prompt(axes, scores.prompts[b][g])
-            axes.set_xlim(-0.5, one.image.width - 0.5)
-            axes.set_ylim(one.image.height - 0.5, -0.5)
             axes.set_title(f"reward {scores.reward[b, g]:.0f}, IoU {scores.iou[b, g]:.2f}", fontsize=8)
-            axes.set_xlabel(textwrap.fill(plain(texts[b][g])[:200], 34), fontsize=5)
-        for axes in row:
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set_xlabel(textwrap.fill(plain(texts[b][g])[:200], 34), fontsize=5.5)
     save_figure(figure, path)
 
 
@@ -664,10 +877,8 @@ def plain(text: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
 
 
 def draw_curves(path: Path, metrics: list[dict]) -> None:
@@ -692,7 +903,9 @@ def draw_curves(path: Path, metrics: list[dict]) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         if len(names) > 1:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="center right")
+        if names == ("kl",):
+            axes.set_yscale("symlog", linthresh=1e-3)  # k3 is unbounded: one token that has become improbable makes a spike
     save_figure(figure, path)
 
 
@@ -701,16 +914,64 @@ def draw_curves(path: Path, metrics: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# What the paper reports (percent): policy Qwen2.5-VL-7B, segmenter SAM2-Large. Printed beside our figures, never mixed with them.
+PAPER = {
+    ("reasonseg", "val"): "gIoU 64.0, cIoU 55.8",
+    ("reasonseg", "test"): "gIoU 60.2, cIoU 54.3",
+    ("refcoco", "testA"): "cIoU 79.2",
+    ("refcoco+", "testA"): "cIoU 74.7",
+    ("refcocog", "test"): "gIoU 75.4, cIoU 73.1",
+}
+
+
 def evaluation(s: Settings) -> None:
-    """`eval`: the figures of an adapter, or of the base model, on held-out samples."""
-    policy, scorer, _, heldout = load_all(s)
-    if s.limit:
-        s.eval_samples = s.limit
-    results = {}
-    results["before" if s.adapter == "none" else "after"], results["ceiling"] = evaluate(policy, scorer, heldout, s, s.data)
-    print_table(results, [])
-    if s.out:
-        write_text(Path(s.out), json.dumps(results, indent=2))
+    """`eval`: figures of an adapter, or of the base model, on a data set; a line a sample, and a sheet of pictures."""
+    trained = "base" if s.adapter == "none" else re.sub(r"[^\w.+]+", "-", str(Path(s.adapter).resolve().parent.name))
+    out = Path(s.out or f"runs/eval-{run_name(s)}-{trained}")
+    policy, scorer, _, heldout = load_all(s, out, training=False)
+    s.eval_samples = s.limit or len(heldout) if s.data != "shapes" else s.limit or s.eval_samples
+    done = []
+    if s.resume:
+        lines = (out / "answers.jsonl").read_text().split("\n")[:-1]  # a line without an end was cut off
+        done = [json.loads(line) for line in lines]
+        write_text(out / "answers.jsonl", "".join(line + "\n" for line in lines))
+    else:
+        save_settings(out, s)
+    with open(out / "answers.jsonl", "a") as log:
+        rows = evaluate(policy, scorer, heldout, s, s.data, done, log)
+    results = dict(zip((trained, "ceiling"), summary(rows), strict=True))
+    write_text(out / "eval.json", json.dumps(results, indent=2))
+    draw_sheet(out / "sheet.png", rows, scorer, heldout)
+    print_table(results, [], out)
+    if skipped := sum("skipped" in row for row in rows):
+        print(f"{skipped} samples could not be used and count in no figure")
+    name, _, path = s.data.partition(":")
+    if paper := PAPER.get((name, Path(path).name)):
+        print(f"for comparison, SAM-R1 in the paper (7B policy, all weights trained, SAM2-Large), percent: {paper}")
+
+
+def draw_sheet(path: Path, rows: list[dict], scorer: SamScorer, dataset, count: int = 4) -> None:
+    """The best, the median and the worst answers of an evaluation, `count` of each."""
+    order = sorted((k for k, row in enumerate(rows) if "skipped" not in row), key=lambda k: -rows[k]["iou"])
+    if not order:
+        return
+    half = max(0, len(order) // 2 - count // 2)
+    picks = {"best": order[:count], "median": order[half : half + count], "worst": order[-count:]}
+    figure = Figure(figsize=(3 * count, 9.6), dpi=100, layout="constrained")
+    for row, (title, members) in zip(figure.subplots(3, count, squeeze=False), picks.items(), strict=True):
+        for axes in row:
+            axes.set_axis_off()
+        for axes, k in zip(row, members, strict=False):
+            one, said = dataset[k], rows[k]
+            prompt = SamPrompt(said["box"], said["points"])
+            mask = scorer.score([one], [[prompt]], keep_masks=True).masks[0][0].cpu().numpy()
+            axes.set_axis_on()
+            draw_mask(axes, one.image, mask, FOUND)
+            axes.contour(one.mask, levels=[0.5], colors=TRUTH, linewidths=1)
+            draw_prompt(axes, prompt)
+            axes.set_title(f"{title}: IoU {said['iou']:.2f}", fontsize=9)
+            axes.set_xlabel(textwrap.fill(plain(said["query"])[:160], 44), fontsize=7)
+    save_figure(figure, path)
 
 
 def segment(s: Settings) -> None:
@@ -732,19 +993,34 @@ def segment(s: Settings) -> None:
     answer, prompt, mask = scores.answers[0][0], scores.prompts[0][0], scores.overlap.masks[0][0].cpu().numpy()
     figure = Figure(figsize=(7, 7 * picture.height / picture.width + 1.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(tint(picture, mask, RED))
+    draw_mask(axes, picture, mask, FOUND)
     draw_prompt(axes, prompt)
     axes.set_title(textwrap.fill(plain(s.query), 60))
     axes.set_xlabel(textwrap.fill(plain(answer.thought or text), 90), fontsize=8)
-    axes.set_xticks([])
-    axes.set_yticks([])
     with blame(f"--out {out}"):
         save_figure(figure, out)
     found = {"query": s.query, "bbox": prompt.box, "points": prompt.points, "mask_pixels": int(mask.sum()), "thought": answer.thought}
     print(json.dumps(found | {"completion": text, "picture": str(out)}))
 
 
-COMMANDS = {"train": train, "eval": evaluation, "segment": segment}
+def merge(s: Settings) -> None:
+    """`merge`: write base model plus adapter as one model folder that plain transformers loads."""
+    with blame("--adapter"):
+        if s.adapter == "none":
+            raise ValueError("name the adapter to merge, such as RUN/adapter")
+    out = Path(s.out or f"runs/merged-{run_name(s)}")
+    with blame(f"--out {out}"):
+        if out.exists() and any(out.iterdir()):
+            raise ValueError("this folder is not empty: name another one")
+    policy = load_policy(s)
+    original = AutoConfig.from_pretrained(vlm_folder(s)).dtype or torch.float32  # of the base model's file
+    with blame(f"--out {out}"):
+        policy.model.merge_and_unload().to(original).save_pretrained(out)
+        policy.processor.save_pretrained(out)
+    print(f"written to {out}: load it with AutoModelForImageTextToText.from_pretrained and AutoProcessor.from_pretrained")
+
+
+COMMANDS = {"train": train, "eval": evaluation, "segment": segment, "merge": merge}
 
 
 def main(argv: list[str]) -> None:

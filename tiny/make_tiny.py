@@ -52,10 +52,10 @@ SIDE = 64  # of the square image that the VLM sees, pixels
 PATCH, MERGE = 8, 2  # 8 x 8 patches, merged 2 x 2: 16 image tokens
 
 # SAM's lessons
-SAM_STEPS, SAM_BATCH, SAM_PROMPTS = 1500, 8, 3  # scenes a step, prompts a scene
+SAM_STEPS, SAM_BATCH, SAM_PROMPTS = 1000, 8, 3  # scenes a step, prompts a scene
 
 # The VLM's lessons
-CLEAN_STEPS, SLOPPY_STEPS, BATCH = 4500, 400, 40
+CLEAN_STEPS, SLOPPY_STEPS, BATCH = 3800, 400, 40
 EASY_SHARE = 0.35  # of the clean steps, on scenes of one or two shapes; without them it takes twice as long
 SHIFT, LOOSE = 1.0, 0.25  # sloppy boxes: centre off by up to this share of the size, each edge by a further share
 WRONG, BROKEN = 0.35, 0.35  # sloppy answers: share about another object, share with a broken format
