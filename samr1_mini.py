@@ -27,7 +27,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -36,23 +35,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
+from assets import pictures
+from benchmarks.memory import expected_memory, print_memory
 from data import BadSample, Sample, load_data, messages
 from grpo import Completions, Prompts, encode_prompts, group_advantages, group_logprobs, grpo_loss, rollout
 from reward import (
     ACCURACY_REWARDS,
-    SAM_SIZES,
     TIERS,
     SamPrompt,
     SamScorer,
     Scores,
-    build_sam,
     load_sam,
     parse_answer,
     sam_prompt,
@@ -137,7 +134,7 @@ class Settings:
     overwrite: bool = setting(False, "delete an existing run in --out")
     dry_run: bool = setting(False, "train: print the memory that is expected, by part, and stop; downloads no weights")
     adapter: str = setting("none", "eval, segment, merge: folder of a trained adapter, or none for the base model")
-    limit: int = setting(0, "eval: only the first so many samples; 0 is --eval_samples")
+    limit: int = setting(0, "eval: only the first so many samples; 0 is all, of the drawn scenes --eval_samples")
     image: str = setting("", "segment: the picture")
     query: str = setting("", "segment: what to find in it")
 
@@ -200,7 +197,7 @@ def blame(flag: str, errors: tuple = (OSError, ValueError, KeyError, RuntimeErro
     try:
         yield
     except errors as error:
-        print(f"samr1_mini.py: {flag}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+        tqdm.write(f"samr1_mini.py: {flag}: {' '.join(str(error).split())[:400]}", file=sys.stderr)  # not amid a bar
         raise SystemExit(2) from error
 
 
@@ -229,9 +226,9 @@ class Policy:
 
     def read(self, samples: list[Sample]) -> Prompts:
         """Put images and queries to the vision tower and the tokenizer. Aspect ratio is not kept (paper, sec. 4.1)."""
-        talks = [messages(sample.query, self.prompt, self.coordinates, self.side) for sample in samples]
+        talks = [messages(one.query, self.prompt, self.coordinates, self.side) for one in samples]
         texts = self.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
-        images = [sample.image.resize((self.side, self.side)) for sample in samples]
+        images = [one.image.resize((self.side, self.side)) for one in samples]
         inputs = self.processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
         return encode_prompts(self.model, inputs.to(self.device))
 
@@ -245,7 +242,9 @@ class Policy:
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    torch.zeros(1, device=name)  # an unknown or missing device fails here
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: leave the flag out")
+    torch.zeros(1, device=name)  # any other unknown or missing device fails here
     torch.set_flush_denormal(True)  # on the CPU, vanishing probabilities would otherwise be computed at a snail's pace
     return torch.device(name)
 
@@ -322,7 +321,9 @@ def load_policy(s: Settings) -> Policy:
 def train(s: Settings) -> None:
     """`train`: evaluation, GRPO, evaluation, table; README says what is written where."""
     if s.dry_run:
-        return print_memory(s)
+        with blame(f"--vlm {s.vlm}"):
+            expected = expected_memory(s, vlm_folder(s), LORA_TARGETS)
+        return print_memory(expected)
     out = Path(s.out or f"runs/{run_name(s)}-{s.seed}")
     policy, scorer, samples, heldout = load_all(s, out)
     optimizer = torch.optim.AdamW(
@@ -349,7 +350,7 @@ def train(s: Settings) -> None:
     bar = tqdm(range(first, s.steps), desc="train", unit="step", initial=first, total=s.steps)
     for step in bar:
         started, phase = time.perf_counter(), Phases(policy.device)
-        share = min(1.0, (step + 1) / s.warmup) * (1 - step / s.steps if s.lr_decay == "linear" else 1.0)
+        share = min(1.0, (step + 1) / max(s.warmup, 1)) * (1 - step / s.steps if s.lr_decay == "linear" else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = s.lr * share
 
@@ -367,42 +368,38 @@ def train(s: Settings) -> None:
 
         # 3. Log-probs that stay fixed during the updates: of the reference (the base model: adapter off), and of the
         #    policy as it sampled. With a single update the latter are the new ones, detached, and need no pass.
-        updates = s.epochs * s.minibatches
-        passes = [slice(i, i + s.prompts_per_pass) for i in range(0, s.prompts_per_step, s.prompts_per_pass)]
+        minibatches = split(0, s.prompts_per_step, -(-s.prompts_per_step // s.minibatches)) * s.epochs
+        passes = split(0, s.prompts_per_step, s.prompts_per_pass)
         with torch.no_grad():
             with policy.model.disable_adapter():
                 reference = torch.cat([logprobs(prompts[rows], completions[rows])[0] for rows in passes]) if s.beta > 0 else None
-            old = torch.cat([logprobs(prompts[rows], completions[rows])[0] for rows in passes]) if updates > 1 else None
+            old = torch.cat([logprobs(prompts[rows], completions[rows])[0] for rows in passes]) if len(minibatches) > 1 else None
         phase.end("logprobs")
 
         # 4. Updates. Gradients add up over the passes of a mini-batch, so the result does not depend on their number.
         policy.model.train()  # only for gradient checkpointing: there is no dropout
         log, norms = [], []
-        size = -(-s.prompts_per_step // s.minibatches)
-        for _ in range(s.epochs):
-            for begin in range(0, s.prompts_per_step, size):
-                last = min(begin + size, s.prompts_per_step)
-                for lower in range(begin, last, s.prompts_per_pass):
-                    rows = slice(lower, min(lower + s.prompts_per_pass, last))
-                    new, entropy = logprobs(prompts[rows], completions[rows])
-                    loss, statistics = grpo_loss(
-                        new,
-                        new.detach() if old is None else old[rows],
-                        None if reference is None else reference[rows],
-                        advantages[rows],
-                        completions.mask[rows],
-                        s.eps_low,
-                        s.eps_high,
-                        s.beta,
-                        s.normalise,
-                    )
-                    weight = (rows.stop - rows.start) / (last - begin)
-                    (loss * weight).backward()
-                    statistics["entropy"] = entropy.sum() / completions.mask[rows].sum()
-                    log.append(torch.stack(list(statistics.values())) * (weight / updates))
-                norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), s.max_grad_norm))
-                optimizer.step()
-                optimizer.zero_grad()
+        for minibatch in minibatches:
+            for rows in split(minibatch.start, minibatch.stop, s.prompts_per_pass):
+                new, entropy = logprobs(prompts[rows], completions[rows])
+                loss, statistics = grpo_loss(
+                    new,
+                    new.detach() if old is None else old[rows],
+                    None if reference is None else reference[rows],
+                    advantages[rows],
+                    completions.mask[rows],
+                    s.eps_low,
+                    s.eps_high,
+                    s.beta,
+                    s.normalise,
+                )
+                weight = (rows.stop - rows.start) / (minibatch.stop - minibatch.start)
+                (loss * weight).backward()
+                statistics["entropy"] = entropy.sum() / completions.mask[rows].sum()
+                log.append(torch.stack(list(statistics.values())) * (weight / len(minibatches)))
+            norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), s.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad()
         phase.end("update")
 
         # 5. Log, save, draw.
@@ -423,8 +420,8 @@ def train(s: Settings) -> None:
                 save_checkpoint(out, done, policy, optimizer, generator)
         with blame(unwritten, (OSError,)):
             if done % s.sample_every == 0 or done == s.steps or done == 1:
-                draw_samples(out / "samples" / f"step_{done:05d}.png", policy, scorer, heldout, s)
-                draw_curves(out / "curves.png", metrics)
+                save_figure(draw_groups(policy, scorer, heldout, s), out / "samples" / f"step_{done:05d}.png")
+                save_figure(pictures.curves(metrics), out / "curves.png")
         if stop.asked and done < s.steps:
             bar.close()
             print(f"stopped after step {done}, all saved; go on with: python samr1_mini.py train --resume --out {out}")
@@ -486,6 +483,11 @@ def open_run(out: Path, s: Settings) -> None:
 def save_settings(out: Path, s: Settings) -> None:
     """What --resume goes on with."""
     write_text(out / "config.json", json.dumps(asdict(s) | {"out": str(out), "resume": False, "overwrite": False}, indent=2))
+
+
+def split(start: int, stop: int, size: int) -> list[slice]:
+    """Cut the rows start..stop into slices of `size`; the last one may be shorter."""
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 @lru_cache(maxsize=2)
@@ -596,6 +598,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def save_figure(figure, path: Path) -> None:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def draw_groups(policy: Policy, scorer: SamScorer, heldout, s: Settings, count: int = 4):
+    """A figure of the same few held-out samples each time, each with a group of sampled completions."""
+    batch = load_samples(heldout, list(range(min(count, len(heldout)))))[0]
+    policy.model.eval()
+    dice = torch.Generator(policy.device).manual_seed(0)  # its own, so that drawing does not disturb the run
+    texts = policy.texts(sample(policy, policy.read(batch), s, dice))
+    return pictures.groups(batch, texts, score_completions(scorer, batch, texts, policy.frame, s.accuracy, keep_masks=True))
+
+
 def save_checkpoint(out: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
     """Save all that an exact resume needs as one file, and the adapter in peft's own format. The order of the data and the
     learning rate follow from the step."""
@@ -623,98 +639,6 @@ def load_checkpoint(out: Path, policy: Policy, optimizer: torch.optim.Optimizer,
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is no checkpoint of this model and these settings: {error}") from error
     return state["step"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory, by arithmetic
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def published_config(vlm: str):
-    """The architecture of a policy, without its weights: from the sizes that Qwen2.5-VL's authors publish (config.json of the
-    3B and 7B models), so that nothing is downloaded; for any other model from its own config.json."""
-    sizes = {
-        "Qwen/Qwen2.5-VL-3B-Instruct": dict(
-            hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-            vocab_size=151936, tie_word_embeddings=True,
-        ),
-        "Qwen/Qwen2.5-VL-7B-Instruct": dict(
-            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-            vocab_size=152064, tie_word_embeddings=False,
-        ),
-    }  # fmt: skip
-    if vlm not in sizes:
-        return AutoConfig.from_pretrained(vlm)
-    text = sizes[vlm] | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    vision = dict(
-        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31], out_hidden_size=text["hidden_size"],
-    )  # fmt: skip
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
-
-
-def expected_memory(s: Settings) -> dict[str, dict[str, tuple[int, str]]]:
-    """Bytes by phase and part, each with its arithmetic, for a GPU (bfloat16). An estimate: allocators round up, and kernels
-    take workspace."""
-    with blame(f"--vlm {s.vlm}"):
-        config = published_config(vlm_folder(s))
-    with torch.device("meta"):  # shapes without memory
-        vlm = AutoModelForImageTextToText.from_config(config)
-        sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
-    text, vision = config.text_config, config.vision_config
-    linears = [m for n, m in vlm.named_modules() if re.fullmatch(LORA_TARGETS, n)]
-    weights, adapter, segmenter = (
-        sum(p.numel() for p in vlm.parameters()),
-        s.lora_rank * sum(m.in_features + m.out_features for m in linears),
-        sum(p.numel() for p in sam.parameters()),
-    )
-    layers, hidden, inner, V, G = text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size, s.group_size
-    P = (s.side // (vision.patch_size * vision.spatial_merge_size)) ** 2 + (250 if s.prompt == "full" else 20)
-    T, rows = s.max_new_tokens, min(s.rollout_prompts, s.prompts_per_step) * G
-    L, passes = P + G * T, s.prompts_per_pass
-    head = hidden // text.num_attention_heads
-    cache = rows * (P + T) * layers * 2 * text.num_key_value_heads * head * 2
-    grid = sam.image_encoder.img_size // sam.image_encoder.patch_embed.proj.stride[0]
-    width, prompts = sam.prompt_encoder.embed_dim, min(s.sam_prompts, s.prompts_per_step * G)
-    always = {
-        "policy weights": (weights * 2, f"{weights / 1e9:.2f}e9 weights x 2 bytes"),
-        "adapter": (adapter * 16, f"{adapter / 1e6:.1f}e6 weights x 16 bytes: itself, gradient, two moments of AdamW, float32"),
-    }
-    resident = {"SAM weights": (segmenter * 4, f"{segmenter / 1e6:.0f}e6 weights x 4 bytes")}
-    beside = {} if s.sam_offload else resident
-    return {
-        "rollout": always
-        | beside
-        | {
-            "keys and values": (cache, f"{rows} rows x {P + T} tokens x {layers} layers x 2 x {text.num_key_value_heads} heads x {head} x 2 bytes"),
-            "their growth": (2 * cache // layers, "a second copy of one layer's, while a token is appended"),
-            "logits": (rows * V * 14, f"{rows} rows x {V} x (2 + 3 x 4) bytes: logits, and three float32 tensors of sampling"),
-        },
-        "reward": always
-        | resident
-        | {"SAM decoder": (prompts * 10 * width * grid**2 * 4, f"{prompts} prompts x 10 maps of {width} x {grid} x {grid} x 4 bytes (9 to 10 measured on a CPU)")},
-        "update": always
-        | beside
-        | {
-            "inputs of the layers": (passes * L * layers * hidden * 2, f"{passes} x {L} tokens x {layers} layers x {hidden} x 2 bytes")
-            if s.checkpoint_layers
-            else (passes * L * layers * (56 * hidden + 16 * inner), f"{passes} x {L} tokens x {layers} layers x (56 x {hidden} + 16 x {inner}) bytes"),
-            "one layer recomputed": (passes * L * (56 * hidden + 16 * inner), f"{passes} x {L} tokens x (56 x {hidden} + 16 x {inner}) bytes"),
-            "attention mask": (passes * L * L * 3, f"{passes} x {L} x {L} x (1 + 2) bytes"),
-            "logits": (s.logits_chunk * V * 14, f"{s.logits_chunk} positions x {V} x (2 + 3 x 4) bytes"),
-        },
-    }  # fmt: skip
-
-
-def print_memory(s: Settings) -> None:
-    """`train --dry-run`."""
-    for phase, parts in (expected := expected_memory(s)).items():
-        print(f"\n{phase}")
-        for part, (size, why) in parts.items():
-            print(f"  {part:22}{size / 2**30:8.2f} GiB  {why}")
-        print(f"  {'together':22}{sum(size for size, _ in parts.values()) / 2**30:8.2f} GiB")
-    peak = max(sum(size for size, _ in parts.values()) for parts in expected.values())
-    print(f"\nexpected peak: {peak / 2**30:.1f} GiB ({peak / 1e9:.1f} GB). By arithmetic, not measured; benchmarks/gpu_24gb.py measures.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -823,93 +747,6 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
-TRUTH, FOUND = "lime", "magenta"  # outlines; no drawn shape has these colours
-
-
-def draw_mask(axes, image: Image.Image, mask: np.ndarray, colour: str) -> None:
-    """The image, darkened outside of the mask (H, W), and the mask's outline."""
-    pixels = np.asarray(image) * np.where(mask[..., None], 1.0, 0.5)
-    axes.imshow(pixels.astype(np.uint8))
-    axes.autoscale(False)  # what is drawn on top does not change the frame
-    if mask.any() and not mask.all():
-        axes.contour(mask, levels=[0.5], colors=colour, linewidths=1.5)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def draw_prompt(axes, prompt: SamPrompt) -> None:
-    """Box and points. Their coordinates run from a pixel's edge, matplotlib's from its middle."""
-    if prompt.box:
-        x1, y1, x2, y2 = prompt.box
-        axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color="white", linewidth=1.2))
-    for x, y in prompt.points:
-        axes.plot(x - 0.5, y - 0.5, "o", color="white", markeredgecolor="black", markersize=4)
-
-
-def draw_samples(path: Path, policy: Policy, scorer: SamScorer, heldout, s: Settings, count: int = 4) -> None:
-    """The same few held-out samples each time: image, truth, and each completion's mask, reward and text."""
-    batch = [heldout[i] for i in range(min(count, len(heldout)))]
-    policy.model.eval()
-    dice = torch.Generator(policy.device).manual_seed(0)  # its own, so that drawing does not disturb the run
-    texts = policy.texts(sample(policy, policy.read(batch), s, dice))
-    scores = score_completions(scorer, batch, texts, policy.frame, s.accuracy, keep_masks=True)
-    columns = 1 + s.group_size
-    figure = Figure(figsize=(1.9 * columns, 2.8 * len(batch)), dpi=110, layout="constrained")
-    grid = figure.subplots(len(batch), columns, squeeze=False)
-    for b, (row, one) in enumerate(zip(grid, batch, strict=True)):
-        draw_mask(row[0], one.image, one.mask, TRUTH)
-        row[0].set_title("truth", fontsize=8)
-        row[0].set_xlabel(textwrap.fill(one.query, 26), fontsize=8)
-        for g, axes in enumerate(row[1:]):
-            draw_mask(axes, one.image, scores.overlap.masks[b][g].cpu().numpy(), FOUND)
-            draw_prompt(axes, scores.prompts[b][g])
-            axes.set_title(f"reward {scores.reward[b, g]:.0f}, IoU {scores.iou[b, g]:.2f}", fontsize=8)
-            axes.set_xlabel(textwrap.fill(plain(texts[b][g])[:200], 34), fontsize=5.5)
-    save_figure(figure, path)
-
-
-def plain(text: str) -> str:
-    """A completion as text that matplotlib draws as it stands: dollar signs would start a formula."""
-    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    with whole_file(path) as temporary:
-        figure.savefig(temporary)
-
-
-def draw_curves(path: Path, metrics: list[dict]) -> None:
-    """Reward and its parts, IoU, KL, entropy, length, and clip shares over the steps; faint: each step, bold: smoothed."""
-    panels = {
-        "reward and its parts": ("reward", "accuracy", "think_format", "answer_format"),
-        "sampled mask IoU": ("iou",),
-        "KL to the reference": ("kl",),
-        "entropy, nats a token": ("entropy",),
-        "length, tokens": ("length",),
-        "share of tokens clipped": ("clip_low", "clip_high"),
-    }
-    steps = [row["step"] for row in metrics]
-    window = max(1, min(15, len(metrics) // 8))
-    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        for k, name in enumerate(names):
-            values = np.array([row[name] for row in metrics])
-            smooth = np.convolve(values, np.ones(window) / window, "valid")
-            axes.plot(steps, values, color=f"C{k}", alpha=0.25, linewidth=0.8)
-            axes.plot(steps[window - 1 :], smooth, color=f"C{k}", label=name.replace("_", " "))
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        if len(names) > 1:
-            axes.legend(fontsize=7, loc="center right")
-        if names == ("kl",):
-            axes.set_yscale("symlog", linthresh=1e-3)  # k3 is unbounded: one token that has become improbable makes a spike
-    save_figure(figure, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -941,37 +778,28 @@ def evaluation(s: Settings) -> None:
         rows = evaluate(policy, scorer, heldout, s, s.data, done, log)
     results = dict(zip((trained, "ceiling"), summary(rows), strict=True))
     write_text(out / "eval.json", json.dumps(results, indent=2))
-    draw_sheet(out / "sheet.png", rows, scorer, heldout)
+    skipped = sum("skipped" in row for row in rows)
+    if skipped < len(rows):
+        save_figure(draw_sheet(rows, scorer, heldout), out / "sheet.png")
     print_table(results, [], out)
-    if skipped := sum("skipped" in row for row in rows):
+    if skipped:
         print(f"{skipped} samples could not be used and count in no figure")
     name, _, path = s.data.partition(":")
     if paper := PAPER.get((name, Path(path).name)):
         print(f"for comparison, SAM-R1 in the paper (7B policy, all weights trained, SAM2-Large), percent: {paper}")
 
 
-def draw_sheet(path: Path, rows: list[dict], scorer: SamScorer, dataset, count: int = 4) -> None:
-    """The best, the median and the worst answers of an evaluation, `count` of each."""
+def draw_sheet(rows: list[dict], scorer: SamScorer, dataset, count: int = 4):
+    """A figure of the best, the median and the worst answers of an evaluation, `count` of each."""
     order = sorted((k for k, row in enumerate(rows) if "skipped" not in row), key=lambda k: -rows[k]["iou"])
-    if not order:
-        return
     half = max(0, len(order) // 2 - count // 2)
-    picks = {"best": order[:count], "median": order[half : half + count], "worst": order[-count:]}
-    figure = Figure(figsize=(3 * count, 9.6), dpi=100, layout="constrained")
-    for row, (title, members) in zip(figure.subplots(3, count, squeeze=False), picks.items(), strict=True):
-        for axes in row:
-            axes.set_axis_off()
-        for axes, k in zip(row, members, strict=False):
-            one, said = dataset[k], rows[k]
-            prompt = SamPrompt(said["box"], said["points"])
+    sheet = {}
+    for title, picks in {"best": order[:count], "median": order[half : half + count], "worst": order[-count:]}.items():
+        for k in picks:
+            one, prompt = dataset[k], SamPrompt(rows[k]["box"], rows[k]["points"])
             mask = scorer.score([one], [[prompt]], keep_masks=True).masks[0][0].cpu().numpy()
-            axes.set_axis_on()
-            draw_mask(axes, one.image, mask, FOUND)
-            axes.contour(one.mask, levels=[0.5], colors=TRUTH, linewidths=1)
-            draw_prompt(axes, prompt)
-            axes.set_title(f"{title}: IoU {said['iou']:.2f}", fontsize=9)
-            axes.set_xlabel(textwrap.fill(plain(said["query"])[:160], 44), fontsize=7)
-    save_figure(figure, path)
+            sheet.setdefault(title, []).append((one, prompt, mask, rows[k]["iou"]))
+    return pictures.sheet(sheet)
 
 
 def segment(s: Settings) -> None:
@@ -991,16 +819,11 @@ def segment(s: Settings) -> None:
     text = policy.texts(sample(policy, policy.read([one]), s, greedy=True))[0][0]
     scores = score_completions(SamScorer(sam, policy.device), [one], [[text]], policy.frame, keep_masks=True)
     answer, prompt, mask = scores.answers[0][0], scores.prompts[0][0], scores.overlap.masks[0][0].cpu().numpy()
-    figure = Figure(figsize=(7, 7 * picture.height / picture.width + 1.2), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    draw_mask(axes, picture, mask, FOUND)
-    draw_prompt(axes, prompt)
-    axes.set_title(textwrap.fill(plain(s.query), 60))
-    axes.set_xlabel(textwrap.fill(plain(answer.thought or text), 90), fontsize=8)
+    figure = pictures.found(picture, s.query, mask, prompt, answer.thought or text)
     with blame(f"--out {out}"):
         save_figure(figure, out)
-    found = {"query": s.query, "bbox": prompt.box, "points": prompt.points, "mask_pixels": int(mask.sum()), "thought": answer.thought}
-    print(json.dumps(found | {"completion": text, "picture": str(out)}))
+    said = {"query": s.query, "bbox": prompt.box, "points": prompt.points, "mask_pixels": int(mask.sum()), "thought": answer.thought}
+    print(json.dumps(said | {"completion": text, "picture": str(out)}))
 
 
 def merge(s: Settings) -> None:
@@ -1030,7 +853,11 @@ def main(argv: list[str]) -> None:
     if argv[0] not in COMMANDS:
         print(f"samr1_mini.py: no command is called {argv[0]!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    COMMANDS[argv[0]](parse_settings(argv[0], argv[1:]))
+    try:
+        COMMANDS[argv[0]](parse_settings(argv[0], argv[1:]))
+    except KeyboardInterrupt:  # outside of training steps, which `Stop` looks after
+        print("samr1_mini.py: interrupted; eval goes on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

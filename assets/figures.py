@@ -11,13 +11,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import samr1_mini  # noqa: E402
+from assets import pictures  # noqa: E402
 from reward import score_completions  # noqa: E402
 
 SCENES = 5
@@ -44,18 +44,14 @@ def main() -> None:
     for row, (label, adapter) in zip(grid, (("base", "none"), ("trained", str(options.run / "adapter"))), strict=True):
         batch, scores = answers(options.run, adapter)
         for k, (axes, one) in enumerate(zip(row, batch, strict=True)):
-            samr1_mini.draw_mask(axes, one.image, scores.overlap.masks[k][0].numpy(), samr1_mini.FOUND)
-            samr1_mini.draw_prompt(axes, scores.prompts[k][0])
+            pictures.draw_mask(axes, one.image, scores.overlap.masks[k][0].numpy(), pictures.FOUND)
+            pictures.draw_prompt(axes, scores.prompts[k][0])
             axes.set_title(f"{label}: IoU {scores.iou[k, 0]:.2f}", fontsize=10)
             axes.set_xlabel(textwrap.fill(one.query, 28) if label == "trained" else "", fontsize=9)
     rows = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     for axes, (name, title) in zip(lower.subplots(1, 2), (("reward", "mean reward (of 6)"), ("iou", "sampled mask IoU")), strict=True):
-        values = np.array([row[name] for row in rows])
-        window = max(1, min(11, len(values) // 8))
-        axes.plot([row["step"] for row in rows], values, color="C0", alpha=0.3, linewidth=0.8)
-        axes.plot([row["step"] for row in rows][window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), color="C0")
+        pictures.smooth(axes, rows, name, "C0")
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step of GRPO", fontsize=9)
     samr1_mini.save_figure(figure, options.out)
 
 

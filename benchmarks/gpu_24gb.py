@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import samr1_mini  # noqa: E402
+from benchmarks.memory import expected_memory, published_config  # noqa: E402
 from reward import SAM_SIZES, build_sam  # noqa: E402
 
 CARD = 24 * 2**30  # bytes
@@ -33,7 +34,7 @@ PHASES = ("rollout", "reward", "logprobs", "update")
 def random_policy(vlm: str):
     """Stand-ins for the two from_pretrained calls: the processor of the tiny model (its vision settings at the real patch
     size, its words as they are), and the architecture of `vlm` with random weights."""
-    config = samr1_mini.published_config(vlm)
+    config = published_config(vlm)
     tiny = samr1_mini.AutoProcessor.from_pretrained(samr1_mini.HERE / "tiny" / "vlm")
     tokens = tiny.tokenizer
     for name in ("image", "video", "vision_start", "vision_end"):
@@ -66,8 +67,8 @@ def measure(preset: str, steps: int, flags: list[str]) -> tuple[list[dict], dict
         s = samr1_mini.parse_settings("train", argv)
         sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
         processor, model = random_policy(samr1_mini.vlm_folder(s))
-        expected = samr1_mini.expected_memory(s)
-        no_pictures = mock.patch.object(samr1_mini, "draw_samples", lambda *_: None)
+        expected = expected_memory(s, samr1_mini.vlm_folder(s), samr1_mini.LORA_TARGETS)
+        no_pictures = mock.patch.object(samr1_mini, "save_figure", lambda *_: None)
         with processor, model, no_pictures, mock.patch.object(samr1_mini, "load_sam", lambda _: sam):
             with contextlib.redirect_stdout(io.StringIO()):
                 samr1_mini.train(s)
