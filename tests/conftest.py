@@ -1,0 +1,77 @@
+"""Fixtures that the tests share: the embedded models and a few scenes, loaded once a session."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import Shapes, messages
+from reward import SamScorer, load_sam
+
+torch.set_num_threads(1)  # toy matrices: a second thread costs more than it brings
+torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """Six held-out scenes, three of them not square, with queries of different lengths."""
+    scenes = [Shapes("heldout")[i] for i in range(60)]
+    square = [s for s in scenes if s.image.width == s.image.height]
+    wide = [s for s in scenes if s.image.width > s.image.height]
+    tall = [s for s in scenes if s.image.width < s.image.height]
+    chosen = [wide[0], square[0], tall[0], square[1], wide[1], square[2]]
+    assert len({len(s.query.split()) for s in chosen[:3]}) > 1  # else nothing would be padded
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def sam():
+    return load_sam("tiny")
+
+
+@pytest.fixture(scope="session")
+def scorer(sam):
+    return SamScorer(sam)
+
+
+@pytest.fixture(scope="session")
+def policy_parts():
+    """The tiny VLM with a LoRA that does something (peft starts its B matrices at zero), and what goes with it.
+
+    model, processor; side: of the square it sees; end, banned: token ids; read(samples): the processor's batch.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    torch.manual_seed(0)  # of the adapter
+    folder = ROOT / "tiny" / "vlm"
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    targets = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    config, side = model.config, 64
+
+    def read(samples):
+        talks = [messages(s.query, "brief", "pixels", side) for s in samples]
+        texts = processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
+        images = [s.image.resize((side, side)) for s in samples]
+        return processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
+
+    vision = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    return SimpleNamespace(
+        model=model.eval(),
+        processor=processor,
+        side=side,
+        end=torch.tensor([processor.tokenizer.eos_token_id]),
+        banned=torch.tensor(vision),
+        read=read,
+    )
