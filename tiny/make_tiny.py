@@ -44,8 +44,8 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from data import COLOURS, KINDS, Shapes, Thing, messages  # noqa: E402
 import samr1_mini  # noqa: E402
+from data import COLOURS, KINDS, Shapes, Thing, messages  # noqa: E402
 from reward import SAM_SIZES, build_sam, decode_masks, sam_input, score_completions  # noqa: E402
 
 SIDE = 64  # of the square image that the VLM sees, pixels
@@ -379,7 +379,7 @@ def report(out: Path) -> None:
     for stage in ("vlm-clean", "vlm"):
         s = samr1_mini.parse_settings("eval", ["--vlm", str(out / stage), "--sam", f"tiny:{out / 'sam.safetensors'}"])
         policy, scorer, samples, heldout = samr1_mini.load_all(s)
-        greedy, ceiling = samr1_mini.evaluate(policy, scorer, heldout, s, stage)
+        greedy, ceiling = samr1_mini.summary(samr1_mini.evaluate(policy, scorer, heldout, s, stage))
         batch = [samples[i] for i in range(64)]
         texts = policy.texts(samr1_mini.sample(policy, policy.read(batch), s))
         sampled = score_completions(scorer, batch, texts, policy.frame)
