@@ -98,15 +98,11 @@ def _json_object(text: str) -> dict:
     text = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     for attempt in (text, text.replace("'", '"')):
         try:
-            data = json.loads(attempt, parse_constant=_no_constant)
+            data = json.loads(attempt)
         except (ValueError, RecursionError):  # not JSON, or nested deeper than Python's stack
             continue
         return data if isinstance(data, dict) else {}
     return {}
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON, though Python's reader takes it")
 
 
 def _numbers(value: object, count: int) -> tuple[float, ...] | None:

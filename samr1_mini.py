@@ -793,13 +793,16 @@ def draw_sheet(rows: list[dict], scorer: SamScorer, dataset, count: int = 4):
     """A figure of the best, the median and the worst answers of an evaluation, `count` of each."""
     order = sorted((k for k, row in enumerate(rows) if "skipped" not in row), key=lambda k: -rows[k]["iou"])
     half = max(0, len(order) // 2 - count // 2)
-    sheet = {}
-    for title, picks in {"best": order[:count], "median": order[half : half + count], "worst": order[-count:]}.items():
-        for k in picks:
-            one, prompt = dataset[k], SamPrompt(rows[k]["box"], rows[k]["points"])
-            mask = scorer.score([one], [[prompt]], keep_masks=True).masks[0][0].cpu().numpy()
-            sheet.setdefault(title, []).append((one, prompt, mask, rows[k]["iou"]))
-    return pictures.sheet(sheet)
+    sheet = {"best": order[:count], "median": order[half : half + count], "worst": order[-count:]}
+    chosen = sorted({k for picks in sheet.values() for k in picks})  # a sample may be in two rows, its image is encoded once
+    batch = [dataset[k] for k in chosen]
+    prompts = [SamPrompt(rows[k]["box"], rows[k]["points"]) for k in chosen]
+    masks = scorer.score(batch, [[prompt] for prompt in prompts], keep_masks=True).masks
+    drawn = {
+        k: (one, prompt, mask[0].cpu().numpy(), rows[k]["iou"])
+        for k, one, prompt, mask in zip(chosen, batch, prompts, masks, strict=True)
+    }
+    return pictures.sheet({title: [drawn[k] for k in picks] for title, picks in sheet.items()})
 
 
 def segment(s: Settings) -> None:

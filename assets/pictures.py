@@ -81,7 +81,7 @@ def curves(rows: list[dict]) -> Figure:
             smooth(axes, rows, name, f"C{k}")
         axes.set_title(title, fontsize=10)
         if len(names) > 1:
-            axes.legend(fontsize=7, loc="center right")
+            axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.13))
         if names == ("kl",):
             axes.set_yscale("symlog", linthresh=1e-3)  # k3 is unbounded: one token that has become improbable makes a spike
     return figure

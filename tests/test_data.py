@@ -112,7 +112,7 @@ def test_each_kind_fills_its_box_as_that_shape_does(scenes):
     # Share of the box: pi / 4; all; half; and ten triangles of 5 * 0.45 * sin(36 deg) over 2 sin(72) * (1 + cos(36)).
     share = {"circle": 0.785, "square": 1.0, "triangle": 0.5, "star": 0.384}
     seen = set()
-    for image, things, _, _ in scenes:
+    for _, things, _, _ in scenes:
         for thing in things:
             x1, y1, x2, y2 = extent(thing.mask)
             others = [other.mask for other in things if other is not thing]
