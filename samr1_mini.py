@@ -346,6 +346,7 @@ def train(s: Settings) -> None:
     def logprobs(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, torch.Tensor]:
         return group_logprobs(policy.model, prompts, completions, policy.banned, s.temperature, s.logits_chunk)
 
+    unwritten = f"--out {out} cannot be written (what is there is whole: make room, then --resume)"
     stop = Stop()
     bar = tqdm(range(first, s.steps), desc="train", unit="step", initial=first, total=s.steps)
     for step in bar:
@@ -412,7 +413,6 @@ def train(s: Settings) -> None:
         metrics.append(row)
         bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['iou']:.2f}", kl=f"{row['kl']:.3f}")
         done = step + 1
-        unwritten = f"--out {out} cannot be written (the checkpoint there is whole: make room, then --resume)"
         with blame(unwritten):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -428,7 +428,8 @@ def train(s: Settings) -> None:
             raise SystemExit(128 + stop.asked)
 
     results["after"], _ = summary(evaluate(policy, scorer, heldout, s, "after"))
-    write_text(out / "eval.json", json.dumps(results, indent=2))
+    with blame(unwritten):
+        write_text(out / "eval.json", json.dumps(results, indent=2))
     print_table(results, metrics, out)
 
 
@@ -708,14 +709,16 @@ def evaluate(policy: Policy, scorer: SamScorer, dataset, s: Settings, title: str
     policy.model.eval()
     rows, n = list(done), min(s.eval_samples, len(dataset))
     for start in tqdm(range(len(rows), n, s.eval_batch), desc=f"eval {title}", unit="batch", leave=False):
-        fresh, batch = [], []
+        batch, fresh = [], []  # row k is about sample k, whether it could be used or not
         for index in range(start, min(start + s.eval_batch, n)):
             try:
                 batch.append(dataset[index])
+                fresh.append(None)
             except BadSample as error:
                 fresh.append({"skipped": str(error)})
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
-        fresh += judge(policy, scorer, batch, s) if batch else []
+        judged = iter(judge(policy, scorer, batch, s) if batch else [])
+        fresh = [row or next(judged) for row in fresh]
         if log:
             log.write("".join(json.dumps(row) + "\n" for row in fresh))
             log.flush()
@@ -774,13 +777,14 @@ def evaluation(s: Settings) -> None:
         write_text(out / "answers.jsonl", "".join(line + "\n" for line in lines))
     else:
         save_settings(out, s)
-    with open(out / "answers.jsonl", "a") as log:
-        rows = evaluate(policy, scorer, heldout, s, s.data, done, log)
-    results = dict(zip((trained, "ceiling"), summary(rows), strict=True))
-    write_text(out / "eval.json", json.dumps(results, indent=2))
-    skipped = sum("skipped" in row for row in rows)
-    if skipped < len(rows):
-        save_figure(draw_sheet(rows, scorer, heldout), out / "sheet.png")
+    with blame(f"--out {out} cannot be written (what is there is whole: make room, then --resume)", (OSError,)):
+        with open(out / "answers.jsonl", "a") as log:
+            rows = evaluate(policy, scorer, heldout, s, s.data, done, log)
+        results = dict(zip((trained, "ceiling"), summary(rows), strict=True))
+        write_text(out / "eval.json", json.dumps(results, indent=2))
+        skipped = sum("skipped" in row for row in rows)
+        if skipped < len(rows):
+            save_figure(draw_sheet(rows, scorer, heldout), out / "sheet.png")
     print_table(results, [], out)
     if skipped:
         print(f"{skipped} samples could not be used and count in no figure")

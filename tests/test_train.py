@@ -1,5 +1,6 @@
 """samr1_mini.py from its command line, in process: runs, resumes, interruptions, and what is said to bad input."""
 
+import doctest
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import samr1_mini
 from data import Shapes
@@ -220,6 +222,29 @@ def test_the_number_of_passes_does_not_change_an_update(tmp_path):
     assert change < 2e-4  # Adam turns a rounding error of a near-zero gradient into a fraction of a step (lr 2e-3)
 
 
+def test_no_image_is_encoded_twice_in_a_step(tmp_path, monkeypatch):
+    """Vision tower and SAM each see an image once, for 4 completions, 4 updates and the reference."""
+    seen = {"vision": 0, "sam": 0}
+    tower = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
+    look, encode = tower.forward, samr1_mini.SamScorer.encode
+
+    def counted_look(self, pixels, grid_thw, **more):
+        seen["vision"] += len(grid_thw)
+        return look(self, pixels, grid_thw=grid_thw, **more)
+
+    def counted_encode(self, images):
+        seen["sam"] += len(images)
+        return encode(self, images)
+
+    monkeypatch.setattr(tower, "forward", counted_look)
+    monkeypatch.setattr(samr1_mini.SamScorer, "encode", counted_encode)
+    monkeypatch.setattr(samr1_mini, "evaluate", lambda *_, **__: [])
+    monkeypatch.setattr(samr1_mini, "save_figure", lambda *_: None)
+    monkeypatch.setattr(samr1_mini, "draw_groups", lambda *_: None)
+    run("train --steps 2 --prompts_per_step 3 --group_size 4 --out", tmp_path / "run")
+    assert seen == {"vision": 6, "sam": 6}
+
+
 def test_every_epoch_takes_every_sample_once_in_an_order_of_its_own():
     taken = [i for step in range(10) for i in samr1_mini.indices(step, 4, 20, seed=0)]
     assert sorted(taken[:20]) == sorted(taken[20:]) == list(range(20))
@@ -252,6 +277,28 @@ def test_eval_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     assert len(judged) == 4  # the first two were not judged again
     assert (cut / "answers.jsonl").read_text() == "".join(lines)
     assert (cut / "eval.json").read_text() == (whole / "eval.json").read_text()
+
+
+def test_docstring_examples():
+    failed, tried = doctest.testmod(samr1_mini)
+    assert tried == 4 and not failed
+
+
+def test_a_sample_that_cannot_be_judged_keeps_its_place(scorer):
+    class Holed(Shapes):
+        def __getitem__(self, index):
+            if index % 3 == 1:
+                raise samr1_mini.BadSample(f"{index} is broken")
+            return super().__getitem__(index)
+
+    s = samr1_mini.parse_settings("eval", ["--eval_samples", "7", "--eval_batch", "4"])
+    policy = samr1_mini.load_policy(s)
+    rows = samr1_mini.evaluate(policy, scorer, Holed("heldout"), s, "")
+    assert [row.get("id", "skipped") for row in rows] == [
+        "skipped" if k % 3 == 1 else f"shapes-heldout-0-{k}" for k in range(7)
+    ]
+    ours, ceiling = samr1_mini.summary(rows)
+    assert ours["n"] == ceiling["n"] == 5
 
 
 def test_figures_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypatch):
