@@ -97,10 +97,12 @@ def test_true_answers_in_the_policys_own_coordinates_earn_everything(coordinates
     policy = samr1_mini.load_policy(s)
     batch = [one for one in (Shapes("heldout")[i] for i in range(60)) if one.image.width != one.image.height][:12]
 
+    far = {"pixels": 64, "thousandths": 1000}[coordinates]  # what the image's far edge is called
+
     def texts(_):
         written = []
         for one in batch:
-            to = policy.frame / one.image.width, policy.frame / one.image.height
+            to = far / one.image.width, far / one.image.height
             x1, y1, x2, y2 = (round(v * to[k % 2]) for k, v in enumerate(samr1_mini.true_box(one.mask)))
             x, y = (x1 + x2) // 2, (y1 + y2) // 2
             written.append([f'<think>t</think><answer>{{"bbox":[{x1},{y1},{x2},{y2}],"points_1":[{x},{y}],"points_2":[{x},{y}]}}</answer>'])

@@ -145,6 +145,16 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(whole_run, tmp_path, 
     assert [row["step"] for row in metrics(out)] == list(range(1, 9))
 
 
+def test_a_file_is_exchanged_and_never_written_into(tmp_path):
+    """Whoever holds the old file keeps all of it: at no moment is there half of one under the name."""
+    file = tmp_path / "file.json"
+    samr1_mini.write_text(file, "old")
+    with open(file) as held:
+        samr1_mini.write_text(file, "new, and longer")
+        assert held.read() == "old"
+    assert file.read_text() == "new, and longer" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_kill_9_then_resume(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "samr1_mini.py"), *QUICK.replace("--save_every 2", "--save_every 1").split(), "--out", str(out)]
