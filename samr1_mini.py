@@ -32,6 +32,9 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+if __name__ == "__main__":  # during the imports below, which take seconds, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -95,11 +98,11 @@ class Settings:
     # Rollout
     prompts_per_step: int = setting(8, "B, prompts in a step. *Assumed*: the paper does not say")
     group_size: int = setting(8, "G, completions for each prompt. Paper: 8")
-    max_new_tokens: int = setting(48, "longest completion, tokens; a right answer of the tiny model takes 28")
+    max_new_tokens: int = setting(48, "longest completion, tokens; a right answer of the tiny model takes 30")
     temperature: float = setting(1.0, "of sampling. *Assumed*; at 1 the sampled distribution is the trained one")
     top_p: float = setting(1.0, "nucleus sampling; 1 is off. *Assumed*")
     # Reward
-    accuracy: str = setting("tiered", "accuracy reward: tiered (paper), a fixed IoU threshold, or the raw IoU (Table 3)", ACCURACY_REWARDS)
+    accuracy: str = setting("tiered", "accuracy reward: tiered (paper), 4 above a fixed IoU, or 4 x the IoU (Table 3)", ACCURACY_REWARDS)
     # Objective
     eps_low: float = setting(0.2, "clip below, 1 - eps_low. Paper: the usual 0.2")
     eps_high: float = setting(0.3, "clip above, 1 + eps_high. Paper: 0.3")
@@ -152,6 +155,11 @@ PRESETS = {
 }
 
 
+# What --resume may be given anew: how far, where things lie, and how they are computed. All else is the run's own.
+MAY_CHANGE = """steps vlm sam data device out threads prompts_per_pass rollout_prompts checkpoint_layers sam_batch sam_prompts
+    sam_offload logits_chunk eval_batch sample_every save_every limit""".split()
+
+
 def parse_settings(command: str, argv: list[str]) -> Settings:
     """Settings of a command line: defaults, then the preset's or, with --resume, the run's own, then the flags."""
 
@@ -171,16 +179,22 @@ def parse_settings(command: str, argv: list[str]) -> Settings:
     given = parser().parse_args(argv)
     filled = parser()
     filled.set_defaults(**PRESETS[given.preset])
+    saved = {}
     if given.resume:
         with blame("--resume"):
-            if not given.out:
-                raise ValueError("name the run with --out")
-            filled.set_defaults(**json.loads((Path(given.out) / "config.json").read_text()) | {"resume": True})
+            if not given.out or given.overwrite:
+                raise ValueError("name the run with --out, and leave --overwrite out")
+            saved = json.loads((Path(given.out) / "config.json").read_text()) | {"resume": True}
+            filled.set_defaults(**saved)
     s = Settings(**vars(filled.parse_args(argv)))
+    if changed := [f"--{name}" for name, value in saved.items() if getattr(s, name) != value and name not in MAY_CHANGE]:
+        filled.error(f"--resume goes on with the run's own {', '.join(changed)}: leave that out, or start another run")
     for name in ("side", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "lora_rank", "prompts_per_pass",
                  "rollout_prompts", "logits_chunk", "train_samples", "sam_batch", "sam_prompts", "eval_samples", "eval_batch", "sample_every", "save_every"):  # fmt: skip
         if getattr(s, name) < 1:
             filled.error(f"--{name} must be at least 1")
+    if s.steps < 0 or s.limit < 0:
+        filled.error("--steps and --limit must not be negative")
     if s.group_size < 2:
         filled.error("--group_size must be at least 2: the advantage compares the completions of a group")
     if s.minibatches > s.prompts_per_step:
@@ -334,6 +348,7 @@ def train(s: Settings) -> None:
     if s.resume:
         with blame(f"--resume {out}"):
             first = load_checkpoint(out, policy, optimizer, generator)
+        save_settings(out, s)  # of what may change, the latest
         lines = (out / "metrics.jsonl").read_text().splitlines()[:first]  # steps after the checkpoint are done again
         metrics, results = [json.loads(line) for line in lines], json.loads((out / "eval.json").read_text())
         write_text(out / "metrics.jsonl", "".join(line + "\n" for line in lines))
@@ -424,7 +439,7 @@ def train(s: Settings) -> None:
                 save_figure(pictures.curves(metrics), out / "curves.png")
         if stop.asked and done < s.steps:
             bar.close()
-            print(f"stopped after step {done}, all saved; go on with: python samr1_mini.py train --resume --out {out}")
+            print(f"stopped after step {done}, all saved; go on with: python {os.path.relpath(__file__)} train --resume --out {out}")
             raise SystemExit(128 + stop.asked)
 
     results["after"], _ = summary(evaluate(policy, scorer, heldout, s, "after"))
@@ -740,11 +755,13 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
         print(f"{name:12}{''.join(f'{row[c]:9.3f}' if c in row else f'{chr(45):>9}' for c in columns)}{row['n']:7d}")
     if "before" in results and "after" in results:
         before, after, ceiling = (results[name]["giou"] for name in ("before", "after", "ceiling"))
-        print(f"\ngap to the ceiling closed: {(after - before) / max(ceiling - before, 1e-9):.0%}")
+        print(f"\ngap to the ceiling closed: {round(100 * (after - before) / max(ceiling - before, 1e-9))} %")
     if metrics:
+        first = min(5, (len(metrics) + 1) // 2)
+        last = min(20, max(1, len(metrics) - first))
         for name, label in (("reward", "mean reward (of 6)"), ("iou", "sampled mask IoU")):
             values = [row[name] for row in metrics]
-            print(f"{label}: {np.mean(values[:5]):.2f} -> {np.mean(values[-20:]):.2f} (first 5 and last 20 steps)")
+            print(f"{label}: {np.mean(values[:first]):.2f} -> {np.mean(values[-last:]):.2f} (first {first} and last {last} steps)")
         print(f"ratio clipped below {np.mean([r['clip_low'] for r in metrics]):.2%}, above {np.mean([r['clip_high'] for r in metrics]):.2%} of tokens")
     print(f"written to {out}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in out.iterdir()))}")
 
@@ -817,8 +834,14 @@ def segment(s: Settings) -> None:
     with blame(f"--image {s.image}"):
         if not s.image:
             raise ValueError("name a picture")
-        picture = Image.open(s.image).convert("RGB")
+        picture = Image.open(s.image)
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
+        picture = picture.convert("RGB")
     out = Path(s.out or "segmented.png")
+    with blame(f"--out {out}"):
+        if out.is_dir():
+            raise ValueError("this is a folder: name the picture to write")
     with blame(f"--sam {s.sam}"):
         sam = load_sam(s.sam)
     policy = load_policy(s)
@@ -868,4 +891,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(sys.argv[1:])

@@ -59,7 +59,7 @@ def smooth(axes, rows: list[dict], name: str, colour: str) -> None:
     """A column of metrics.jsonl over the steps. Faint: each step; bold: running mean."""
     steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows])
     window = max(1, min(15, len(rows) // 8))
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8, marker="." if len(rows) < 3 else None)
     mean = np.convolve(values, np.ones(window) / window, "valid")
     axes.plot(steps[window - 1 :], mean, color=colour, label=name.replace("_", " "))
     axes.set_xlabel("step", fontsize=8)
@@ -109,6 +109,6 @@ def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -
     axes = figure.subplots()
     draw_mask(axes, image, mask, FOUND)
     draw_prompt(axes, prompt)
-    axes.set_title(textwrap.fill(plain(query), 60))
-    axes.set_xlabel(textwrap.fill(plain(said), 90), fontsize=8)
+    axes.set_title(textwrap.fill(plain(query)[:240], 60))
+    axes.set_xlabel(textwrap.fill(plain(said)[:800], 90), fontsize=8)
     return figure

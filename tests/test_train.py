@@ -351,6 +351,7 @@ def test_segment_draws_and_prints(tmp_path, capsys):
 def bad_files(tmp_path_factory) -> Path:
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp / "deep.png")
     (tmp / "empty").mkdir()
     torch.save({"weight": torch.zeros(3)}, tmp / "other.pth")
     (tmp / "cut.safetensors").write_bytes((ROOT / "tiny" / "sam.safetensors").read_bytes()[:5000])
@@ -363,6 +364,9 @@ BAD = {  # what is wrong: (command line, what the message must name)
     "flag": ("train --stepz 3", "--stepz"),
     "value": ("train --steps many", "--steps"),
     "choice": ("train --accuracy best", "--accuracy"),
+    "negative steps": ("train --steps -3", "--steps"),
+    "out is a folder": ("segment --query star --image {root}/assets/readme.png --out {tmp}", "--out"),
+    "16-bit image": ("segment --query star --image {tmp}/deep.png", "deep.png"),
     "group of one": ("train --group_size 1", "--group_size"),
     "command": ("trian", "trian"),
     "data": ("train --data imagenet", "--data imagenet"),
@@ -390,7 +394,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(wrong, bad_files, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     command, named = BAD[wrong]
     with pytest.raises(SystemExit) as refused:
-        run(command.format(tmp=bad_files))
+        run(command.format(tmp=bad_files, root=ROOT))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("samr1_mini.py")]
     assert refused.value.code == 2 and len(said) == 1 and named in said[0]
     assert not (tmp_path / "runs").exists()  # nothing was begun
@@ -426,14 +430,31 @@ def test_expected_adapter_is_the_adapter_that_is_built(whole_run):
     assert expected == 16 * sum(weight.numel() for weight in state(whole_run)["adapter"].values())
 
 
-def test_a_checkpoint_of_other_settings_is_refused_and_kept(whole_run, tmp_path, capsys):
+def test_a_resumed_run_keeps_its_own_settings(whole_run, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
-    kept = (out / "checkpoint" / "state.pt").read_bytes()
+    for flags in ("--lr 0.5", "--lora_rank 4", "--overwrite"):
+        with pytest.raises(SystemExit) as refused:
+            run(f"train --resume {flags} --out", out)
+        assert refused.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    assert len(metrics(out)) == 6 and state(out)["step"] == 6
+
+
+def test_a_checkpoint_that_is_cut_short_is_refused(whole_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    (out / "checkpoint" / "state.pt").write_bytes((out / "checkpoint" / "state.pt").read_bytes()[:1000])
     with pytest.raises(SystemExit) as refused:
-        run("train --resume --lora_rank 4 --out", out)
-    assert refused.value.code == 2 and "state.pt" in capsys.readouterr().err
-    (out / "checkpoint" / "state.pt").write_bytes(kept[:1000])
-    with pytest.raises(SystemExit):
         run("train --resume --out", out)
+    assert refused.value.code == 2 and "state.pt" in capsys.readouterr().err
     assert len(metrics(out)) == 6
+
+
+def test_a_checkpoint_of_another_model_is_refused(whole_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    config = json.loads((out / "config.json").read_text()) | {"lora_rank": 4}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as refused:
+        run("train --resume --out", out)
+    assert refused.value.code == 2 and "state.pt" in capsys.readouterr().err
