@@ -418,7 +418,7 @@ def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
     """A COCO annotation's mask, (H, W) bool: polygons of several parts, or RLE (a crowd's), compressed or not.
 
     Raises ValueError, LookupError, TypeError or OverflowError on anything else. pycocotools hands numbers to C unchecked: a
-    NaN kills it, broken runs corrupt its memory. So corners are checked here, and runs are read here.
+    NaN kills it, broken runs corrupt its memory. So corners and runs are checked before it sees them.
     """
     if isinstance(segmentation, list):
         parts = [part for part in segmentation if len(part) >= 6]  # two points enclose nothing
@@ -428,9 +428,10 @@ def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
     runs = segmentation["counts"]
     if not isinstance(runs, list):
         runs = uncompress(runs.encode() if isinstance(runs, str) else runs)
-    if segmentation["size"] != [height, width] or sum(runs) != height * width:
+    lengths = all(type(run) is int and run >= 0 for run in runs)
+    if segmentation["size"] != [height, width] or not lengths or sum(runs) != height * width:
         raise ValueError(f"its runs do not fill the image, which has {width} x {height} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T  # off, on, off, ...: down the columns
+    return coco.decode(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)).astype(bool)
 
 
 def uncompress(text: bytes) -> list[int]:
