@@ -28,7 +28,9 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -729,7 +731,13 @@ def fetch_refer(name: str, root: Path, split: str | None, samples: int, seed: in
     if absent := sum(not (photographs / file_name).is_file() for file_name in images):
         print(f"fetching {absent:,} from {COCO_URL}: about {absent * COCO_MB:,.0f} MB")
 
+    # Ctrl-C is only noted until the threads have let go: as an exception it may strike while one of their locks is held.
+    stopped = threading.Event()
+    usual = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+
     def get(file_name: str) -> str:
+        if stopped.is_set():
+            return "interrupted"
         file, size, mend = photographs / file_name, images[file_name], "the same command"
         try:
             read_image(file, mend, size)
@@ -743,10 +751,13 @@ def fetch_refer(name: str, root: Path, split: str | None, samples: int, seed: in
         for reason in tqdm(pool.map(get, images), desc="images", total=len(images)):
             reasons.append(reason)
             row = row + 1 if reason else 0
-            if row == GIVE_UP:
+            if row == GIVE_UP or stopped.is_set():
                 break
-    finally:  # also at Ctrl-C: what has not begun is dropped
+    finally:  # what has not begun is dropped
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, usual)
+    if stopped.is_set():
+        raise KeyboardInterrupt
     if lacking := len(images) - reasons.count(""):
         print(f"{lacking:,} images are not there: run the same command again. The first reasons:", file=sys.stderr)
         print("\n".join(f"  {reason}" for reason in [r for r in reasons if r][:3]), file=sys.stderr)
