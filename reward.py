@@ -14,7 +14,7 @@ Where this departs from the paper: SAM 1 (`segment_anything`) in place of SAM2-L
 Seg-Zero, the closest public system.
 
 A completion is text from a model under training, so it may hold anything. Nothing in here raises on any text, and no
-reward is ever NaN. There is no `except Exception`: a bug in the reward must look like a bug, not like a bad policy.
+reward is ever NaN. And no error of our own is swallowed: a bug in the reward must look like a bug, not like a bad policy.
 """
 
 import json
