@@ -262,14 +262,30 @@ def decode_masks(
     dense embeddings to it. The sum is all that counts, so the embedding is given as zero and the real ones, one for each
     prompt, ride on the dense side: N prompts of B images in one call, with the package's code untouched.
     """
-    labels = None if points is None else torch.ones(points.shape[:2], device=points.device)
-    sparse, dense = sam.prompt_encoder(None if points is None else (points, labels), boxes, None)
+    no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
     return sam.mask_decoder.predict_masks(
         image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),
         image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense + embeddings[image_index],
+        sparse_prompt_embeddings=embed_prompts(sam.prompt_encoder, boxes, points),
+        dense_prompt_embeddings=embeddings[image_index] + no_mask,
     )
+
+
+def embed_prompts(encoder: PromptEncoder, boxes: torch.Tensor | None, points: torch.Tensor | None) -> torch.Tensor:
+    """The sparse embeddings of `PromptEncoder`, (N, tokens, C), for boxes (N, 4) and foreground points (N, K, 2).
+
+    The package's own forward picks points by their labels with boolean masks, and each of them makes the host wait for a GPU.
+    Here all labels are known. Points without a box are followed by one "not a point", as SAM was trained.
+    """
+    tokens = []
+    if points is not None:
+        where = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size)  # a pixel's middle
+        tokens.append(where + encoder.point_embeddings[1].weight)
+        if boxes is None:
+            tokens.append(encoder.not_a_point_embed.weight.expand(len(points), 1, -1))
+    if boxes is not None:
+        tokens.append(encoder._embed_boxes(boxes))
+    return torch.cat(tokens, 1)
 
 
 def sam_input(image: Image.Image, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,7 +339,7 @@ class SamScorer:
         pixels, scales = zip(*(sam_input(image, self.side) for image in images), strict=True)
         embeddings = []
         for start in range(0, len(images), self.encoder_batch):
-            batch = [self.sam.preprocess(p.to(self.device)) for p in pixels[start : start + self.encoder_batch]]
+            batch = [self.sam.preprocess(self._there(p)) for p in pixels[start : start + self.encoder_batch]]
             # Half precision for the encoder alone (IoU moves by 0.0007 on average): the decoder is small and touchy.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 embeddings.append(self.sam.image_encoder(torch.stack(batch)).float())
@@ -345,10 +361,10 @@ class SamScorer:
         for b, sample in enumerate(samples):  # B passes, since every image has its own size; no device sync in here
             size = sample.mask.shape
             mask = self.sam.postprocess_masks(logits[b][:, None], input_sizes[b], size)[:, 0] > self.sam.mask_threshold
-            truth = torch.from_numpy(sample.mask).to(self.device)
+            truth = self._there(torch.from_numpy(sample.mask))
             meet, join = mask & truth, mask | truth  # (G, H, W)
             if sample.ignore is not None:
-                counts = ~torch.from_numpy(sample.ignore).to(self.device)
+                counts = ~self._there(torch.from_numpy(sample.ignore))
                 meet, join = meet & counts, join & counts
             intersection.append(meet.sum((1, 2)).float())
             union.append(join.sum((1, 2)).float())
@@ -380,15 +396,19 @@ class SamScorer:
                 logits, rating = decode_masks(
                     self.sam,
                     embeddings,
-                    image.to(self.device),
-                    None if boxes is None else boxes.float().to(self.device),
-                    None if points is None else points.float().to(self.device),
+                    self._there(image),
+                    None if boxes is None else self._there(boxes.float()),
+                    None if points is None else self._there(points.float()),
                 )
                 winner = rating[:, 1:].argmax(1) + 1  # mask 0 is the single-mask output, not one of the three
-                best[index.to(self.device)] = logits[torch.arange(len(index), device=self.device), winner]
+                best[self._there(index)] = logits[torch.arange(len(index), device=self.device), winner]
         asked = torch.ones(len(prompts), dtype=torch.bool)
         asked[unasked] = False
-        return best, asked.to(self.device)
+        return best, self._there(asked)
+
+    def _there(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` on the scorer's device, without waiting for it."""
+        return x.to(self.device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python samr1_mini.py train                                        the embedded default: minutes on a laptop
     python samr1_mini.py eval    --adapter RUN/adapter                gIoU and cIoU on held-out samples
     python samr1_mini.py segment --image FILE --query "..." --out out.png
+    python samr1_mini.py report  RUN                                  curves, steps and rollouts as one web page
     python samr1_mini.py train --help                                 every setting, with its reason
 
 What happens in a training step (paper, fig. 2), and where it is written:
@@ -43,10 +44,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from assets import pictures
+from assets import pictures, report
 from benchmarks.memory import expected_memory, print_memory
 from data import BadSample, Sample, load_data, messages
-from grpo import Completions, Prompts, encode_prompts, group_advantages, group_logprobs, grpo_loss, rollout
+from grpo import Completions, Prompts, clip_side, encode_prompts, group_advantages, group_logprobs, grpo_loss, rollout
 from reward import (
     ACCURACY_REWARDS,
     TIERS,
@@ -244,7 +245,7 @@ class Policy:
         texts = self.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
         images = [one.image.resize((self.side, self.side)) for one in samples]
         inputs = self.processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
-        return encode_prompts(self.model, inputs.to(self.device))
+        return encode_prompts(self.model, inputs)
 
     def texts(self, completions: Completions) -> list[list[str]]:
         """Completions as B lists of G texts, without their end-of-text tokens."""
@@ -340,9 +341,10 @@ def train(s: Settings) -> None:
         return print_memory(expected)
     out = Path(s.out or f"runs/{run_name(s)}-{s.seed}")
     policy, scorer, samples, heldout = load_all(s, out)
-    optimizer = torch.optim.AdamW(
-        [p for p in policy.model.parameters() if p.requires_grad], s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay
-    )
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # and not None: AdamW's averages go on where no group teaches anything
+    optimizer = torch.optim.AdamW(trained, s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling; its state is part of a checkpoint
     metrics, results, first = [], {}, 0
     if s.resume:
@@ -365,7 +367,8 @@ def train(s: Settings) -> None:
     stop = Stop()
     bar = tqdm(range(first, s.steps), desc="train", unit="step", initial=first, total=s.steps)
     for step in bar:
-        started, phase = time.perf_counter(), Phases(policy.device)
+        started, phase, done = time.perf_counter(), Phases(policy.device), step + 1
+        drawn = done % s.sample_every == 0 or done in (1, s.steps)  # its rollouts are logged, with their masks
         share = min(1.0, (step + 1) / max(s.warmup, 1)) * (1 - step / s.steps if s.lr_decay == "linear" else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = s.lr * share
@@ -378,64 +381,76 @@ def train(s: Settings) -> None:
         phase.end("rollout")
 
         # 2. Reward and advantages.
-        scores = score_completions(scorer, batch, policy.texts(completions), policy.frame, s.accuracy)
-        advantages = group_advantages(scores.reward).to(policy.device)  # (B, G)
+        scores = score_completions(scorer, batch, policy.texts(completions), policy.frame, s.accuracy, keep_masks=drawn)
+        advantages = group_advantages(scores.reward)  # (B, G)
         phase.end("reward")
 
-        # 3. Log-probs that stay fixed during the updates: of the reference (the base model: adapter off), and of the
+        # 3. A group whose rewards are all equal has advantages of zero. Without a KL term it teaches nothing, and no pass is
+        #    made for it; with one its tokens are still drawn back to the reference.
+        teaches = advantages.any(1) if s.beta == 0 else torch.ones(len(batch), dtype=torch.bool)
+        kept = teaches.nonzero()[:, 0].tolist()
+        place = [0, *teaches.cumsum(0).tolist()]  # where prompt b, or the next that is kept, stands among the kept ones
+        asked, told, gains = prompts[kept], completions[kept], advantages[kept].to(policy.device)
+        mask = told.mask.to(policy.device)
+
+        # 4. Log-probs that stay fixed during the updates: of the reference (the base model: adapter off), and of the
         #    policy as it sampled. With a single update the latter are the new ones, detached, and need no pass.
         minibatches = split(0, s.prompts_per_step, -(-s.prompts_per_step // s.minibatches)) * s.epochs
-        passes = split(0, s.prompts_per_step, s.prompts_per_pass)
+        reference, old, new = (torch.zeros(mask.shape, device=policy.device) for _ in range(3))
         with torch.no_grad():
-            with policy.model.disable_adapter():
-                reference = torch.cat([logprobs(prompts[rows], completions[rows])[0] for rows in passes]) if s.beta > 0 else None
-            old = torch.cat([logprobs(prompts[rows], completions[rows])[0] for rows in passes]) if len(minibatches) > 1 else None
+            for rows in split(0, len(kept), s.prompts_per_pass):
+                if s.beta > 0:
+                    with policy.model.disable_adapter():
+                        reference[rows] = logprobs(asked[rows], told[rows])[0]
+                if len(minibatches) > 1:
+                    old[rows] = logprobs(asked[rows], told[rows])[0]
         phase.end("logprobs")
 
-        # 4. Updates. Gradients add up over the passes of a mini-batch, so the result does not depend on their number.
+        # 5. Updates. Gradients add up over the passes of a mini-batch, so the result does not depend on their number.
         policy.model.train()  # only for gradient checkpointing: there is no dropout
-        log, norms = [], []
+        log, weights, norms = [], [], []
         for minibatch in minibatches:
-            for rows in split(minibatch.start, minibatch.stop, s.prompts_per_pass):
-                new, entropy = logprobs(prompts[rows], completions[rows])
+            for rows in split(place[minibatch.start], place[minibatch.stop], s.prompts_per_pass):
+                now, entropy = logprobs(asked[rows], told[rows])
+                new[rows] = now.detach()
+                if len(minibatches) == 1:
+                    old[rows] = now.detach()
                 loss, statistics = grpo_loss(
-                    new,
-                    new.detach() if old is None else old[rows],
-                    None if reference is None else reference[rows],
-                    advantages[rows],
-                    completions.mask[rows],
-                    s.eps_low,
-                    s.eps_high,
-                    s.beta,
-                    s.normalise,
+                    now, old[rows], reference[rows], gains[rows], mask[rows], s.eps_low, s.eps_high, s.beta, s.normalise
                 )
-                weight = (rows.stop - rows.start) / (minibatch.stop - minibatch.start)
-                (loss * weight).backward()
-                statistics["entropy"] = entropy.sum() / completions.mask[rows].sum()
-                log.append(torch.stack(list(statistics.values())) * (weight / len(minibatches)))
-            norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), s.max_grad_norm))
+                weights.append((rows.stop - rows.start) / (minibatch.stop - minibatch.start))
+                (loss * weights[-1]).backward()
+                statistics["entropy"] = entropy.sum() / mask[rows].sum()
+                log.append(torch.stack(list(statistics.values())) * weights[-1])
+            norms.append(torch.nn.utils.clip_grad_norm_(trained, s.max_grad_norm))
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
         phase.end("update")
 
-        # 5. Log, save, draw.
-        row = describe(step + 1, scores, completions, policy) | {"skipped": skipped}
-        row |= dict(zip(statistics, torch.stack(log).sum(0).tolist(), strict=True))
+        # 6. Log, save, draw.
+        row = describe(done, scores, completions, policy) | {"skipped": skipped}
+        means = (torch.stack(log).sum(0) / sum(weights)).tolist() if log else (0.0, 1.0, 0.0, 0.0, None)
+        row |= dict(zip(("kl", "ratio", "clip_low", "clip_high", "entropy"), means, strict=True))
         row |= {"grad_norm": torch.stack(norms).mean().item(), "lr": s.lr * share}
         row |= {f"seconds_{name}": seconds for name, seconds in phase.seconds.items()}
         row |= {f"peak_mib_{name}": peak for name, peak in phase.peaks.items()}
         row |= {"tokens_per_second": completions.mask.sum().item() / (time.perf_counter() - started), "peak_mib": max(phase.peaks.values())}
         metrics.append(row)
         bar.set_postfix(reward=f"{row['reward']:.2f}", iou=f"{row['iou']:.2f}", kl=f"{row['kl']:.3f}")
-        done = step + 1
         with blame(unwritten):
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             if done % s.save_every == 0 or done == s.steps or stop.asked:
                 save_checkpoint(out, done, policy, optimizer, generator)
         with blame(unwritten, (OSError,)):
-            if done % s.sample_every == 0 or done == s.steps or done == 1:
-                save_figure(draw_groups(policy, scorer, heldout, s), out / "samples" / f"step_{done:05d}.png")
+            if drawn:
+                clipped = torch.zeros(completions.ids.shape, dtype=torch.int32)  # in the last pass over each token
+                clipped[kept] = clip_side((new - old).exp(), gains[..., None], s.eps_low, s.eps_high).cpu()
+                taught = report.record(batch[:2], completions, scores, policy.processor.tokenizer, advantages, clipped)
+                seen = look(policy, scorer, heldout, s)
+                logged = {"step": done, "train": taught, "heldout": report.record(*seen, policy.processor.tokenizer)}
+                write_text(out / "rollouts" / f"step_{done:05d}.json", json.dumps(logged))
+                save_figure(pictures.groups(seen[0], policy.texts(seen[1]), seen[2]), out / "samples" / f"step_{done:05d}.png")
                 save_figure(pictures.curves(metrics), out / "curves.png")
         if stop.asked and done < s.steps:
             bar.close()
@@ -619,13 +634,13 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary)
 
 
-def draw_groups(policy: Policy, scorer: SamScorer, heldout, s: Settings, count: int = 4):
-    """A figure of the same few held-out samples each time, each with a group of sampled completions."""
+def look(policy: Policy, scorer: SamScorer, heldout, s: Settings, count: int = 4) -> tuple[list[Sample], Completions, Scores]:
+    """A group of sampled completions for each of the same few held-out samples every time."""
     batch = load_samples(heldout, list(range(min(count, len(heldout)))))[0]
     policy.model.eval()
-    dice = torch.Generator(policy.device).manual_seed(0)  # its own, so that drawing does not disturb the run
-    texts = policy.texts(sample(policy, policy.read(batch), s, dice))
-    return pictures.groups(batch, texts, score_completions(scorer, batch, texts, policy.frame, s.accuracy, keep_masks=True))
+    dice = torch.Generator(policy.device).manual_seed(0)  # its own, so that looking does not disturb the run
+    completions = sample(policy, policy.read(batch), s, dice)
+    return batch, completions, score_completions(scorer, batch, policy.texts(completions), policy.frame, s.accuracy, keep_masks=True)
 
 
 def save_checkpoint(out: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
@@ -873,6 +888,16 @@ def merge(s: Settings) -> None:
     print(f"written to {out}: load it with AutoModelForImageTextToText.from_pretrained and AutoProcessor.from_pretrained")
 
 
+def write_report(argv: list[str]) -> None:
+    """`report RUN`: write RUN/report.html, one file with the run's curves, steps and rollouts, for any browser."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("usage: samr1_mini.py report RUN\n\nwrites RUN/report.html: curves, steps and logged rollouts, in one file for any browser")
+        raise SystemExit(argv not in (["-h"], ["--help"]) and 2)
+    with blame(f"report {argv[0]}"):
+        write_text(Path(argv[0]) / "report.html", report.report_html(Path(argv[0])))
+    print(f"written to {Path(argv[0]) / 'report.html'}: open it in a browser")
+
+
 COMMANDS = {"train": train, "eval": evaluation, "segment": segment, "merge": merge}
 
 
@@ -880,8 +905,10 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
+    if argv[0] == "report":  # the one command that takes a folder and no settings
+        return write_report(argv[1:])
     if argv[0] not in COMMANDS:
-        print(f"samr1_mini.py: no command is called {argv[0]!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"samr1_mini.py: no command is called {argv[0]!r}: use {', '.join(COMMANDS)}, report", file=sys.stderr)
         raise SystemExit(2)
     try:
         COMMANDS[argv[0]](parse_settings(argv[0], argv[1:]))

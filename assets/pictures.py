@@ -55,13 +55,13 @@ def groups(batch: list, texts: list[list[str]], scores) -> Figure:
     return figure
 
 
-def smooth(axes, rows: list[dict], name: str, colour: str) -> None:
-    """A column of metrics.jsonl over the steps. Faint: each step; bold: running mean."""
-    steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows])
+def smooth(axes, rows: list[dict], name: str, colour: str, label: str | None = "") -> None:
+    """A column of metrics.jsonl over the steps. Faint: each step; bold: running mean. Its label is the column's name, or none."""
+    steps, values = [row["step"] for row in rows], np.array([row[name] for row in rows], float)  # a missing value becomes NaN
     window = max(1, min(15, len(rows) // 8))
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8, marker="." if len(rows) < 3 else None)
     mean = np.convolve(values, np.ones(window) / window, "valid")
-    axes.plot(steps[window - 1 :], mean, color=colour, label=name.replace("_", " "))
+    axes.plot(steps[window - 1 :], mean, color=colour, label=name.replace("_", " ") if label == "" else label)
     axes.set_xlabel("step", fontsize=8)
 
 

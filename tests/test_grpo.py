@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import grpo
 from grpo import (
     Completions,
     choose_token,
@@ -319,6 +320,57 @@ def test_greedy_rollout_is_generate(policy):
         assert spoken(draw(policy, 1, end, temperature=0.0)) == wanted
         assert spoken(draw(policy, 2, end, temperature=0.0)) == [row for row in wanted for _ in range(2)]
         assert spoken(draw(policy, 1, end, temperature=HOT, top_p=1e-9)) == wanted  # the likeliest alone is left
+
+
+def test_decode_steps_change_tensors_in_place_and_never_their_shape(policy):
+    """A CUDA graph replays addresses: whatever a step reads or writes must lie where it lay."""
+    vlm, prompts = policy.model.get_base_model(), policy.prompts
+    with torch.no_grad():
+        out = vlm(
+            input_ids=prompts.ids, attention_mask=prompts.mask, position_ids=prompts.positions,
+            mm_encoder_outputs={"image": prompts.vision}, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        decoder = grpo.Decoder(vlm, out.past_key_values, prompts, 2, 5)
+        tensors = [decoder.token, decoder.visible, decoder.positions]
+        tensors += [t for layer in decoder.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+        places = [(t.data_ptr(), t.shape) for t in tensors]
+        for _ in range(5):
+            decoder.step(torch.full((2 * len(prompts),), 20))
+    after = [decoder.token, decoder.visible, decoder.positions]
+    after += [t for layer in decoder.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+    assert places == [(t.data_ptr(), t.shape) for t in after]
+    assert decoder.cache.layers[0].keys.shape[2] % 64 == 0  # lengths come in few sizes
+
+
+def test_a_replayed_graph_gives_the_same_tokens(policy, monkeypatch):
+    """A stand-in for a CUDA graph: recorded once, it sees new tokens only through the tensors that were there then."""
+    recorded = []
+
+    def record(self):
+        self.forward()  # the warm-up writes into the cache, as on a GPU
+        inputs = dict(input_ids=self.token, attention_mask=self.visible, position_ids=self.positions, past_key_values=self.cache)
+        vlm, self.logits = self.vlm, self.forward().clone()
+        recorded.append(self.logits)
+        self.graph = SimpleNamespace(replay=lambda: self.logits.copy_(vlm(**inputs, use_cache=True).logits[:, -1]))
+        self.forward = None  # from now on nothing but the graph can compute
+
+    plain = draw(policy, end=NEVER, temperature=HOT)
+    monkeypatch.setattr(grpo.Decoder, "record", record)
+    replayed = draw(policy, end=NEVER, temperature=HOT)
+    assert len(recorded) == 1
+    assert torch.equal(plain.ids, replayed.ids)
+
+
+def test_a_model_that_cannot_be_recorded_decodes_all_the_same(policy, monkeypatch):
+    def refuse(self):
+        self.forward()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain = draw(policy, end=NEVER, temperature=HOT)
+    monkeypatch.setattr(grpo.Decoder, "record", refuse)
+    with pytest.warns(UserWarning, match="without a CUDA graph.*not permitted"):
+        after = draw(policy, end=NEVER, temperature=HOT)
+    assert torch.equal(plain.ids, after.ids)
 
 
 def test_a_completion_ends_with_its_first_end_token_and_disturbs_no_other(policy, endless):

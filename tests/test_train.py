@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segment_anything.modeling import MaskDecoder
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import samr1_mini
@@ -232,27 +234,110 @@ def test_the_number_of_passes_does_not_change_an_update(tmp_path):
     assert change < 2e-4  # Adam turns a rounding error of a near-zero gradient into a fraction of a step (lr 2e-3)
 
 
-def test_no_image_is_encoded_twice_in_a_step(tmp_path, monkeypatch):
-    """Vision tower and SAM each see an image once, for 4 completions, 4 updates and the reference."""
-    seen = {"vision": 0, "sam": 0}
-    tower = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
-    look, encode = tower.forward, samr1_mini.SamScorer.encode
+def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
+    """For 3 prompts of 4 completions and 2 updates: the vision tower and SAM's encoder see each image once; SAM's decoder is
+    called once for each make-up of prompt (box and points, box, points); the language model reads each prompt once to sample, and
+    once for the reference, for the policy that sampled, and in each epoch: never once for each completion."""
+    counts, steps, makeups = Counter(), [], []
+    tower, text = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel, modeling_qwen2_5_vl.Qwen2_5_VLTextModel
+    look, read, decode = tower.forward, text.forward, MaskDecoder.predict_masks
+    encode, best = samr1_mini.SamScorer.encode, samr1_mini.SamScorer._best_logits
+    describe, load = samr1_mini.describe, samr1_mini.load_samples
 
     def counted_look(self, pixels, grid_thw, **more):
-        seen["vision"] += len(grid_thw)
+        counts["vision calls"] += 1
+        counts["vision images"] += len(grid_thw)
         return look(self, pixels, grid_thw=grid_thw, **more)
 
+    def counted_read(self, *args, inputs_embeds, **more):
+        if inputs_embeds.shape[1] > 1:
+            counts["tokens in full passes"] += inputs_embeds.shape[0] * inputs_embeds.shape[1]
+            counts["full passes"] += 1
+        else:
+            counts["decode steps"] += 1
+        return read(self, *args, inputs_embeds=inputs_embeds, **more)
+
     def counted_encode(self, images):
-        seen["sam"] += len(images)
+        counts["SAM images"] += len(images)
         return encode(self, images)
 
+    def counted_decode(self, *args, **more):
+        counts["SAM decoder calls"] += 1
+        return decode(self, *args, **more)
+
+    def noted_best(self, embeddings, scales, prompts):
+        makeups.append({(p.box is not None, len(p.points)) for p in prompts} - {(False, 0)})
+        return best(self, embeddings, scales, prompts)
+
+    def begin(*args):
+        counts.clear()
+        makeups.clear()
+        return load(*args)
+
+    def end(done, scores, completions, policy):
+        row = describe(done, scores, completions, policy)
+        steps.append((dict(counts), makeups[0], completions))
+        return row
+
     monkeypatch.setattr(tower, "forward", counted_look)
+    monkeypatch.setattr(text, "forward", counted_read)
     monkeypatch.setattr(samr1_mini.SamScorer, "encode", counted_encode)
-    monkeypatch.setattr(samr1_mini, "evaluate", lambda *_, **__: [])
-    monkeypatch.setattr(samr1_mini, "save_figure", lambda *_: None)
-    monkeypatch.setattr(samr1_mini, "draw_groups", lambda *_: None)
-    run("train --steps 2 --prompts_per_step 3 --group_size 4 --out", tmp_path / "run")
-    assert seen == {"vision": 6, "sam": 6}
+    monkeypatch.setattr(samr1_mini.SamScorer, "_best_logits", noted_best)
+    monkeypatch.setattr(MaskDecoder, "predict_masks", counted_decode)
+    monkeypatch.setattr(samr1_mini, "load_samples", begin)
+    monkeypatch.setattr(samr1_mini, "describe", end)
+    run("train --steps 2 --eval_samples 1 --prompts_per_step 3 --group_size 4 --minibatches 1 --epochs 2 --prompts_per_pass 1 --out", tmp_path / "run")
+    assert len(steps) == 2
+    for step, (count, kinds, completions) in enumerate(steps):
+        samples = Shapes("train")
+        policy = samr1_mini.load_policy(samr1_mini.Settings())
+        prompts = policy.read([samples[i] for i in samr1_mini.indices(step, 3, len(samples), seed=0)])
+        once, said = int(prompts.mask.sum()), int(completions.mask.sum())
+        assert count == {
+            "vision calls": 1,
+            "vision images": 3,
+            "SAM images": 3,
+            "SAM decoder calls": len(kinds),
+            "decode steps": completions.ids.shape[-1] - 1,
+            "full passes": 1 + 4 * 3,  # prefill; then reference, old and two epochs, a prompt at a time
+            "tokens in full passes": prompts.ids.numel() + 4 * (once + said),
+        }
+
+
+def test_groups_of_equal_rewards_are_passed_over_without_a_kl_term_and_nothing_else_changes(tmp_path, monkeypatch):
+    """A weight of 1e-12 for the KL term changes no number but forbids the short cut: both ways must end with the same weights.
+    Step 1 has one such group in four, step 2 nothing else; there AdamW's averages move the weights on."""
+    score = samr1_mini.score_completions
+    weights, rows, seen = [], [], []
+    logprobs = samr1_mini.group_logprobs
+    for beta in ("0", "1e-12"):
+        calls = []
+
+        def levelled(scorer, samples, *args, **more):
+            rewards = torch.arange(4.0).repeat(4, 1)
+            rewards[1 if not calls else slice(0, 4)] = 3.0
+            calls.append(0)
+            return score(scorer, samples, *args, **more)._replace(reward=rewards)
+
+        def counted(model, prompts, *args):
+            seen.append((beta, len(prompts)))
+            return logprobs(model, prompts, *args)
+
+        monkeypatch.setattr(samr1_mini, "score_completions", levelled)
+        monkeypatch.setattr(samr1_mini, "group_logprobs", counted)
+        out = tmp_path / beta
+        run("train --steps 2 --eval_samples 1 --prompts_per_step 4 --group_size 4 --minibatches 2 --epochs 2 --warmup 1 --lr_decay constant --beta", beta, "--out", out)
+        weights.append(state(out)["adapter"])
+        rows.append(metrics(out))
+    assert sum(n for beta, n in seen if beta == "0") == 3 * 3  # 3 groups, in a pass of their own and in two epochs; then none
+    assert sum(n for beta, n in seen if beta != "0") == 2 * 4 * 4  # with the reference's
+    moved = max((a - b).abs().max().item() for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+    assert moved < 2e-4  # of some 4e-3; Adam turns a rounding error of a near-zero gradient into a fraction of a step
+    assert max(w.abs().max().item() for name, w in weights[0].items() if "lora_B" in name) > 1e-3
+    assert rows[0][0]["equal_groups"] == 0.25 and rows[0][1]["equal_groups"] == 1
+    for name in ("ratio", "clip_low", "clip_high", "grad_norm"):
+        assert rows[0][1][name] == pytest.approx(rows[1][1][name], abs=1e-4 if name != "ratio" else 0.1)
+    assert rows[0][1]["entropy"] is None  # nothing was computed that it could be taken from
 
 
 def test_every_epoch_takes_every_sample_once_in_an_order_of_its_own():
