@@ -60,14 +60,13 @@ def finished(run: Path) -> dict | None:
     return results if "after" in results else None
 
 
-def train(run: Path, name: str, seed: int, more: list[str]) -> None:
-    """Train one setting with one seed; go on if it was begun. Raises RuntimeError with the last lines if that fails."""
+def train(run: Path, flags: list[str]) -> None:
+    """Train with these flags; go on if that was begun. Raises RuntimeError with the last lines of the output if it fails."""
     begun = (run / "checkpoint" / "state.pt").is_file()
-    flags = ["--resume"] if begun else ["--overwrite", "--seed", str(seed), "--sample_every", "1000000", *SETTINGS[name].split(), *more]
-    command = [sys.executable, str(ROOT / "samr1_mini.py"), "train", "--out", str(run), *flags]
+    command = [sys.executable, str(ROOT / "samr1_mini.py"), "train", "--out", str(run), *(["--resume"] if begun else ["--overwrite", *flags])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}, seed {seed}: exit code {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-5:]))
+        raise RuntimeError(f"{run}: exit code {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-5:]))
 
 
 def metrics(run: Path) -> list[dict]:
@@ -140,11 +139,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
     started = time.perf_counter()
-    more = ["--steps", str(options.steps), "--eval_samples", str(options.eval_samples)]
+    always = f"--steps {options.steps} --eval_samples {options.eval_samples} --sample_every 1000000"
     wanted = [(name, seed) for seed in options.seeds for name in SETTINGS]
     missing = [] if options.table else [pair for pair in wanted if not finished(folder(options.out, *pair))]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = {pool.submit(train, folder(options.out, *pair), *pair, more): pair for pair in missing}
+        runs = {pool.submit(train, folder(options.out, *pair), f"{always} --seed {pair[1]} {SETTINGS[pair[0]]}".split()): pair for pair in missing}
         bar = tqdm(as_completed(runs), desc="sweep", unit="run", total=len(wanted), initial=len(wanted) - len(runs), disable=options.table)
         try:
             for run in bar:

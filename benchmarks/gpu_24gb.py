@@ -5,7 +5,8 @@
 Builds the policy's architecture from its published sizes and SAM ViT-H likewise, both with random weights (nothing is
 downloaded), caps the process at 24 GiB, and runs real training steps of samr1_mini.py: 840 x 840 pixels, 8 prompts, 8 completions
 each, 512 new tokens. A random policy never stops by itself, so every completion has full length: the worst case. Prints peak
-memory and seconds by phase, tokens per second, and what 3,000 samples would take, beside the memory that `--dry-run` expects.
+memory and seconds by phase, tokens per second, and what 3,000 samples would take, beside the memory that `--dry-run` expects; and the
+lines of code at which the host waited for the GPU (torch.cuda.set_sync_debug_mode), which should not lie in a step's inner loops.
 
 Without a CUDA device it says so and stops. --toy runs the same code at toy size on any device, to check the script itself.
 """
@@ -16,6 +17,8 @@ import io
 import json
 import sys
 import tempfile
+import warnings
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -59,8 +62,8 @@ def random_policy(vlm: str):
     )
 
 
-def measure(preset: str, steps: int, flags: list[str]) -> tuple[list[dict], dict]:
-    """Train for some steps; return the log, and the expected gigabytes of each phase."""
+def measure(preset: str, steps: int, flags: list[str]) -> tuple[list[dict], dict, Counter]:
+    """Train for some steps; return the log, the expected gigabytes of each phase, and how often a line waited for the GPU."""
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--preset", preset, "--data", "shapes", "--steps", str(steps), "--eval_samples", "1", "--sample_every", "1000000",
                 "--save_every", "1000000", "--out", f"{folder}/run", *flags]  # fmt: skip
@@ -70,10 +73,14 @@ def measure(preset: str, steps: int, flags: list[str]) -> tuple[list[dict], dict
         expected = expected_memory(s, samr1_mini.vlm_folder(s), samr1_mini.LORA_TARGETS)
         no_pictures = mock.patch.object(samr1_mini, "save_figure", lambda *_: None)
         with processor, model, no_pictures, mock.patch.object(samr1_mini, "load_sam", lambda _: sam):
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if torch.cuda.is_available():
+                    torch.cuda.set_sync_debug_mode("warn")
                 samr1_mini.train(s)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return rows, {phase: sum(size for size, _ in parts.values()) / 2**30 for phase, parts in expected.items()}
+    waits = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+    return rows, {phase: sum(size for size, _ in parts.values()) / 2**30 for phase, parts in expected.items()}, waits
 
 
 def main() -> None:
@@ -91,7 +98,7 @@ def main() -> None:
         name = card.name
         torch.cuda.set_per_process_memory_fraction(min(1.0, CARD / card.total_memory))
     toy = "--vlm tiny --sam tiny --side 64 --max_new_tokens 8 --prompts_per_step 2 --group_size 2 --rollout_prompts 2 --device cpu"
-    rows, expected = measure(options.preset, options.steps, toy.split() if options.toy else [])
+    rows, expected, waits = measure(options.preset, options.steps, toy.split() if options.toy else [])
     last = rows[-1]  # the first step still fills caches
     print(f"{options.preset}{' at toy size' if options.toy else ''} on {name}, torch {torch.__version__}, {options.steps} steps, the last one:")
     print(f"{'phase':10}{'seconds':>10}{'peak GiB':>10}{'expected':>10}")
@@ -100,6 +107,8 @@ def main() -> None:
         print(f"{phase:10}{last[f'seconds_{phase}']:10.1f}{last[f'peak_mib_{phase}'] / 1024:10.1f}{guess}")
     seconds = sum(last[f"seconds_{phase}"] for phase in PHASES)
     print(f"a step: {seconds:.1f} s, {last['tokens_per_second']:.0f} tokens/s; 3,000 samples: {375 * seconds / 3600:.1f} h")
+    for line, count in waits.most_common(12):
+        print(f"waited for the GPU at {line}: {count} times in {options.steps} steps and two evaluations of one sample")
     print(json.dumps({"preset": options.preset, "device": name, "toy": options.toy, "torch": torch.__version__, **last}))
 
 

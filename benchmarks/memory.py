@@ -54,7 +54,8 @@ def expected_memory(s, vlm: str, targets: str) -> dict[str, dict[str, tuple[int,
     T, rows = s.max_new_tokens, min(s.rollout_prompts, s.prompts_per_step) * G
     L, passes = P + G * T, s.prompts_per_pass
     head = hidden // text.num_attention_heads
-    cache = rows * (P + T) * layers * 2 * text.num_key_value_heads * head * 2
+    length = -(-(P + T) // 64) * 64  # as grpo.Decoder rounds it
+    token = layers * 2 * text.num_key_value_heads * head * 2  # bytes of keys and values
     grid = sam.image_encoder.img_size // sam.image_encoder.patch_embed.proj.stride[0]
     width, prompts = sam.prompt_encoder.embed_dim, min(s.sam_prompts, s.prompts_per_step * G)
     always = {
@@ -67,8 +68,8 @@ def expected_memory(s, vlm: str, targets: str) -> dict[str, dict[str, tuple[int,
         "rollout": always
         | beside
         | {
-            "keys and values": (cache, f"{rows} rows x {P + T} tokens x {layers} layers x 2 x {text.num_key_value_heads} heads x {head} x 2 bytes"),
-            "their growth": (2 * cache // layers, "a second copy of one layer's, while a token is appended"),
+            "keys and values": (rows * length * token, f"{rows} rows x {length} tokens x {layers} layers x 2 x {text.num_key_value_heads} heads x {head} x 2 bytes"),
+            "the prompts' own": (rows // G * P * token, f"{rows // G} x {P} tokens, while they are copied to each completion's row"),
             "logits": (rows * V * 14, f"{rows} rows x {V} x (2 + 3 x 4) bytes: logits, and three float32 tensors of sampling"),
         },
         "reward": always
