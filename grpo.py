@@ -42,8 +42,10 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
+    # exercise 5: advantages within a group
     rewards = rewards - rewards[..., :1]  # the mean of equal numbers may miss them by a rounding error; of zeros it does not
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
+    # end of exercise 5
 
 
 def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -54,8 +56,10 @@ def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     >>> k3_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.25]).log())
     tensor([0.0000, 0.1931])
     """
+    # exercise 6: the KL estimate
     log_q = reference - logprobs
     return log_q.expm1() - log_q
+    # end of exercise 6
 
 
 def clip_side(ratio: torch.Tensor, advantages: torch.Tensor, eps_low: float = 0.2, eps_high: float = 0.3) -> torch.Tensor:
@@ -107,6 +111,9 @@ def grpo_loss(
     >>> grpo_loss(new, old, None, advantages, mask, beta=0.0, normalise="sequence")[0]  # -(1.3 - 3.0 / 3) / 2
     tensor(-0.1500)
     """
+    if normalise not in ("token", "sequence"):
+        raise ValueError(f"normalise is {normalise!r}: use 'token' or 'sequence'")
+    # exercise 7: the clipped token-level loss
     ratio = (logprobs - old).exp()
     advantage = advantages[..., None]  # (B, G, 1)
     gain = torch.min(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
@@ -116,10 +123,9 @@ def grpo_loss(
     value = (gain - beta * kl) * mask  # (B, G, T)
     if normalise == "token":
         value = value.sum((1, 2)) / mask.sum((1, 2))
-    elif normalise == "sequence":
-        value = (value.sum(2) / mask.sum(2)).mean(1)
     else:
-        raise ValueError(f"normalise is {normalise!r}: use 'token' or 'sequence'")
+        value = (value.sum(2) / mask.sum(2)).mean(1)
+    # end of exercise 7: it leaves ratio and kl (B, G, T), advantage (B, G, 1) and value (B,), the J of each prompt
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         return (x * mask).sum() / mask.sum()
@@ -249,6 +255,9 @@ def rollout(
     """Sample G completions for each prompt. The model must be in eval mode, or gradient checkpointing drops the cache.
 
     end: (E,) tokens that end a completion. banned: tokens that are never sampled.
+
+    If 9 ends a completion, and 5 9 is drawn for the first of two and 7 7 7 for the second, then their ids are
+    [[5, 9, any], [7, 7, 7]] and their mask is [[1, 1, 0], [1, 1, 1]].
     """
     vlm = base(model)
     device = vlm.device
@@ -264,6 +273,8 @@ def rollout(
     )
     decoder = Decoder(vlm, out.past_key_values, prompts, G, max_new_tokens)
     logits = out.logits[:, -1].repeat_interleave(G, 0)  # (B * G, V)
+    del out  # and with it the prompts' own keys and values
+    # exercise 8: the sampling loop
     tokens, alive, done = [], [], torch.zeros(B * G, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         token = choose_token(mask_banned(logits, banned), temperature, top_p, generator)
@@ -274,6 +285,7 @@ def rollout(
         if t + 1 == max_new_tokens or ((device.type == "cpu" or t % 16 == 15) and done.all()):
             break
         logits = decoder.step(tokens[-1])
+    # end of exercise 8: it leaves tokens and alive, lists with a tensor (B * G,) for each step
     return Completions(torch.stack(tokens, -1).view(B, G, -1).cpu(), torch.stack(alive, -1).view(B, G, -1).cpu())
 
 
@@ -357,13 +369,12 @@ def group_logprobs(
 
     Needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """
-    vlm = base(model)
+    vlm = base(model)  # vlm.model(...).last_hidden_state is (B, L, width), and vlm.lm_head makes logits of it
+    # exercise 9: log-probs with a shared prompt
     rows, positions, segments, sources, targets = (x.to(vlm.device, non_blocking=True) for x in pack(prompts, completions))
-    same = segments[:, :, None] == segments[:, None, :]
-    attend = ((segments == 0)[:, None, :] | same).tril()  # (B, L, L): query may see key
     hidden = vlm.model(
         input_ids=rows,
-        attention_mask=attend[:, None],
+        attention_mask=may_attend(segments)[:, None],
         position_ids=positions,
         mm_encoder_outputs={"image": prompts.vision},
         use_cache=False,
@@ -382,6 +393,27 @@ def group_logprobs(
     mask = completions.mask.to(vlm.device, non_blocking=True)
     blank = torch.zeros(mask.shape, device=vlm.device)
     return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropy)
+    # end of exercise 9
+
+
+def may_attend(segments: torch.Tensor) -> torch.Tensor:
+    """The attention mask of packed rows, (B, L) as of `pack` -> (B, L, L) bool: may this query see that key?
+
+    What padding sees does not matter as long as it is something: attention over nothing is NaN, and so are its gradients.
+    A prompt and two completions of two tokens each; the fifth and the sixth token are the second completion:
+
+    >>> may_attend(torch.tensor([[0, 0, 1, 1, 2, 2]])).int()
+    tensor([[[1, 0, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0, 0],
+             [1, 1, 1, 0, 0, 0],
+             [1, 1, 1, 1, 0, 0],
+             [1, 1, 0, 0, 1, 0],
+             [1, 1, 0, 0, 1, 1]]], dtype=torch.int32)
+    """
+    # exercise 10: who sees whom in a packed row
+    same = segments[:, :, None] == segments[:, None, :]
+    return ((segments == 0)[:, None, :] | same).tril()
+    # end of exercise 10
 
 
 def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]:
@@ -394,7 +426,18 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
     targets   (N,)      the completion tokens, prompt by prompt, completion by completion
 
     A completion's first token is predicted from the prompt's last position, all others from their neighbour on the left.
+
+    A prompt of tokens 7 8 at positions 0 1, and completions 5 9 and 6:
+
+    >>> prompts = Prompts(torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.bool), torch.tensor([[[0, 1]]] * 3), None)
+    >>> completions = Completions(torch.tensor([[[5, 9], [6, 0]]]), torch.tensor([[[True, True], [True, False]]]))
+    >>> rows, positions, segments, sources, targets = pack(prompts, completions)
+    >>> rows, positions[0], segments
+    (tensor([[7, 8, 5, 9, 6]]), tensor([[0, 1, 2, 3, 2]]), tensor([[0, 0, 1, 1, 2]]))
+    >>> sources, targets
+    (tensor([1, 2, 1]), tensor([5, 9, 6]))
     """
+    # exercise 10: rows, positions and segments
     B, G, T = completions.ids.shape
     step = torch.arange(T).expand(G, T)
     number = torch.arange(1, G + 1)[:, None].expand(G, T)
@@ -418,3 +461,4 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
         sources,
         completions.ids[completions.mask],
     )
+    # end of exercise 10

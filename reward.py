@@ -58,6 +58,7 @@ def parse_answer(text: str) -> Answer:
     >>> parse_answer('<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>')
     Answer(think_format=True, answer_format=False, box=(1.0, 2.0, 5.5, 6.0), points=((3.0, 4.0),), thought='the red one')
     """
+    # exercise 1: read an answer and judge its two formats
     think = _block(text, "<think>", "</think>")
     answer = _block(text, "<answer>", "</answer>")
     data = _json_object(answer.inside) if answer else {}
@@ -74,6 +75,7 @@ def parse_answer(text: str) -> Answer:
         and not think.after.partition("<answer>")[0].strip()
     )
     return Answer(think_format, box is not None and len(points) == 2, box, points, think.inside.strip() if think else "")
+    # end of exercise 1
 
 
 class _Block(NamedTuple):
@@ -262,6 +264,7 @@ def decode_masks(
     dense embeddings to it. The sum is all that counts, so the embedding is given as zero and the real ones, one for each
     prompt, ride on the dense side: N prompts of B images in one call, with the package's code untouched.
     """
+    # exercise 2: prompts on B images in one call of the decoder
     no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
     return sam.mask_decoder.predict_masks(
         image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),
@@ -269,6 +272,7 @@ def decode_masks(
         sparse_prompt_embeddings=embed_prompts(sam.prompt_encoder, boxes, points),
         dense_prompt_embeddings=embeddings[image_index] + no_mask,
     )
+    # end of exercise 2
 
 
 def embed_prompts(encoder: PromptEncoder, boxes: torch.Tensor | None, points: torch.Tensor | None) -> torch.Tensor:
@@ -315,7 +319,27 @@ class Overlap(NamedTuple):
     @property
     def iou(self) -> torch.Tensor:
         """1 where both mask and truth are empty (the metric's convention), else intersection / union."""
+        # exercise 3: IoU, also of nothing with nothing
         return torch.where(self.union > 0, self.intersection / self.union.clamp(min=1), 1.0)
+        # end of exercise 3
+
+
+def intersection_and_union(masks: torch.Tensor, truth: torch.Tensor, ignore: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels in both and in either, of G masks and one truth: (G, H, W), (H, W), (H, W) or None, all bool -> (G,), (G,) float32.
+
+    Ignored pixels count neither for a mask nor against it.
+
+    >>> masks = torch.tensor([[[True, False, False, False]], [[True, True, True, True]]])
+    >>> truth, ignore = torch.tensor([[True, True, True, False]]), torch.tensor([[False, False, True, True]])
+    >>> intersection_and_union(masks, truth, ignore)
+    (tensor([1., 2.]), tensor([2., 2.]))
+    """
+    # exercise 3: pixels in both and in either, but for the ignored ones
+    meet, join = masks & truth, masks | truth  # (G, H, W)
+    if ignore is not None:
+        meet, join = meet & ~ignore, join & ~ignore
+    return meet.sum((1, 2)).float(), join.sum((1, 2)).float()
+    # end of exercise 3
 
 
 class SamScorer:
@@ -362,12 +386,10 @@ class SamScorer:
             size = sample.mask.shape
             mask = self.sam.postprocess_masks(logits[b][:, None], input_sizes[b], size)[:, 0] > self.sam.mask_threshold
             truth = self._there(torch.from_numpy(sample.mask))
-            meet, join = mask & truth, mask | truth  # (G, H, W)
-            if sample.ignore is not None:
-                counts = ~self._there(torch.from_numpy(sample.ignore))
-                meet, join = meet & counts, join & counts
-            intersection.append(meet.sum((1, 2)).float())
-            union.append(join.sum((1, 2)).float())
+            ignore = None if sample.ignore is None else self._there(torch.from_numpy(sample.ignore))
+            meet, join = intersection_and_union(mask, truth, ignore)
+            intersection.append(meet)
+            union.append(join)
             masks.append(mask if keep_masks else None)
         if self.offload:
             self.sam.to("cpu")
@@ -425,10 +447,12 @@ def tiered_reward(iou: torch.Tensor) -> torch.Tensor:
     >>> tiered_reward(torch.tensor([0.50, 0.51, 0.70, 0.75, 0.81]))
     tensor([0., 2., 2., 3., 4.])
     """
+    # exercise 4: the tiers
     reward = torch.zeros_like(iou)
     for threshold, value in TIERS:
         reward = torch.where(iou > threshold, value, reward)
     return reward
+    # end of exercise 4
 
 
 def accuracy_reward(iou: torch.Tensor, kind: str) -> torch.Tensor:

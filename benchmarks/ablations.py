@@ -113,7 +113,7 @@ def draw(rows: dict[str, list[dict]]) -> Figure:
                 axes.hlines(statistics.mean(values), k - 0.3, k + 0.3, color="C1", linewidth=2.5)
         axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8, rotation=20)
         axes.set_xlim(-0.6, len(names) - 0.4)
-        axes.set_ylim(0.4, 1.0)
+        axes.set_ylim(0.75, 0.88)
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("held-out gIoU", fontsize=8)
         axes.grid(axis="y", alpha=0.3)

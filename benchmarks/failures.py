@@ -25,7 +25,7 @@ FAILURES = {  # name: the wrong flag
     "learning rate too small": "--lr 1e-6",
     "learning rate too large": "--lr 1e-2",
     "wrong coordinates": "--coordinates thousandths",
-    "temperature too low": "--temperature 0.1",
+    "temperature too low": "--temperature 0.01",
     "limit too short": "--max_new_tokens 28",
 }
 PANELS = {

@@ -19,15 +19,20 @@ from segment_anything.modeling.image_encoder import Attention
 from reward import (
     ACCURACY_REWARDS,
     Answer,
+    Overlap,
     SamPrompt,
     SamScorer,
     accuracy_reward,
     build_sam,
+    decode_masks,
+    embed_prompts,
     folded_attention,
+    intersection_and_union,
     load_sam,
     parse_answer,
     sam_prompt,
     score_completions,
+    tiered_reward,
     trl_reward,
 )
 
@@ -43,6 +48,7 @@ def wrap(body, thought="the red one"):
     return f"<think>{thought}</think><answer>{body}</answer>"
 
 
+@pytest.mark.exercise_1
 @pytest.mark.parametrize(
     "text",
     [
@@ -69,6 +75,7 @@ def without(part):
     return Answer(True, False, None if part == "bbox" else BOX, points, "the red one")
 
 
+@pytest.mark.exercise_1
 @pytest.mark.parametrize("part", ["bbox", "points_1", "points_2"])
 def test_a_missing_part_leaves_the_others(part):
     data = json.loads(BODY)
@@ -90,6 +97,7 @@ def test_what_is_no_number_spoils_its_own_part_only(part, value):
         assert parse_answer(wrap(json.dumps(spoilt).replace('"HERE"', value))) == without(part)
 
 
+@pytest.mark.exercise_1
 @pytest.mark.parametrize(
     "value",
     [
@@ -104,6 +112,7 @@ def test_a_bad_box_is_no_box(value):
     assert parse_answer(wrap(body)) == Answer(True, False, None, POINTS, "the red one")
 
 
+@pytest.mark.exercise_1
 @pytest.mark.parametrize("value", [[], [5], [5, 6, 7], [[5, 6]], [[5], [6]], "5,6", 5, None, {"x": 5, "y": 6}])
 def test_a_bad_point_is_no_point(value):
     body = json.dumps({"bbox": [1, 2, 30, 40], "points_1": value, "points_2": [7, 8]})
@@ -129,6 +138,7 @@ def test_an_answer_that_is_no_json_object_with_these_keys_gives_nothing(body):
     assert parse_answer(wrap(body)) == Answer(True, False, None, (), "the red one")
 
 
+@pytest.mark.exercise_1
 @pytest.mark.parametrize(
     "text, think, answer",
     [
@@ -369,6 +379,7 @@ def predict(predictor, prompt):
     return logits[ratings.argmax()]
 
 
+@pytest.mark.exercise_2
 def test_masks_are_those_of_sam_predictor(scenes, mixed, predicted, scorer):
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     for b, sample in enumerate(scenes):
@@ -391,6 +402,7 @@ def encode(mask):
     return coco.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
+@pytest.mark.exercise_3
 def test_iou_is_that_of_pycocotools(scenes, mixed, scorer):
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     for b, sample in enumerate(scenes):
@@ -398,6 +410,23 @@ def test_iou_is_that_of_pycocotools(scenes, mixed, scorer):
         assert overlap.iou[b].numpy() == pytest.approx(coco.iou(masks, [encode(sample.mask)], [0])[:, 0], abs=1e-6)
 
 
+@pytest.mark.exercise_2
+def test_prompts_decoded_together_are_those_decoded_one_by_one(sam):
+    torch.manual_seed(0)
+    embeddings, image_index = torch.randn(3, 64, 16, 16), torch.tensor([2, 0, 0, 1, 2])  # unsorted, unequally many
+    boxes, points = torch.rand(5, 4) * 60 + torch.tensor([0, 0, 60, 60]), torch.rand(5, 2, 2) * 128
+    dense_pe, no_mask = sam.prompt_encoder.get_dense_pe(), sam.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+    for b, p in ((boxes, points), (boxes, None), (None, points)):
+        logits, rating = decode_masks(sam, embeddings, image_index, b, p)
+        assert logits.shape == (5, 4, 64, 64) and rating.shape == (5, 4)
+        for n in range(5):
+            sparse = embed_prompts(sam.prompt_encoder, *(None if x is None else x[n : n + 1] for x in (b, p)))
+            one = embeddings[image_index[n]][None]
+            wanted = sam.mask_decoder.predict_masks(one, dense_pe, sparse, no_mask.expand(1, 64, 16, 16))
+            assert torch.allclose(logits[n], wanted[0][0], atol=1e-3) and torch.allclose(rating[n], wanted[1][0], atol=1e-4)
+
+
+@pytest.mark.exercise_2
 def test_batch_sizes_do_not_change_the_masks(scenes, mixed, sam, scorer):
     whole = scorer.score(scenes, mixed, keep_masks=True)
     parts = SamScorer(sam, encoder_batch=2, decoder_batch=4).score(scenes, mixed, keep_masks=True)
@@ -412,6 +441,7 @@ def test_the_single_mask_is_no_candidate(scenes, mixed, sam, scorer):
     assert torch.equal(SamScorer(vain).score(scenes, mixed).iou, scorer.score(scenes, mixed).iou)
 
 
+@pytest.mark.exercise_2
 def test_each_image_is_encoded_once_and_each_make_up_decoded_in_one_call(scenes, mixed, scorer, monkeypatch):
     images, prompts = [], []
     encoder, decoder = scorer.sam.image_encoder, scorer.sam.mask_decoder
@@ -459,6 +489,28 @@ def drawn(scorer, monkeypatch):
     return score_drawn
 
 
+@pytest.mark.exercise_3
+@pytest.mark.parametrize("shape", [(5, 7), (33, 1), (1, 200)])
+def test_pixels_are_counted_as_pycocotools_counts_them(shape):
+    generator = torch.Generator().manual_seed(0)
+    masks, truth, ignore = (torch.rand(*n, *shape, generator=generator) > 0.4 for n in ((4,), (), ()))
+    for left_out in (ignore, None):
+        intersection, union = intersection_and_union(masks, truth, left_out)
+        assert intersection.dtype == union.dtype == torch.float32 and intersection.shape == union.shape == (4,)
+        counts = torch.ones(shape, dtype=torch.bool) if left_out is None else ~left_out
+        for g, mask in enumerate(masks):
+            pair = [encode((x & counts).numpy()) for x in (mask, truth)]
+            assert intersection[g] == coco.area(coco.merge(pair, intersect=True))
+            assert union[g] == coco.area(coco.merge(pair))
+
+
+@pytest.mark.exercise_3
+def test_iou_of_a_step_is_a_quotient_and_one_for_nothing_with_nothing():
+    counts = torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([[4.0, 2.0], [5.0, 0.0]])
+    assert Overlap(*counts, torch.ones(2, 2, dtype=torch.bool), None).iou.tolist() == [[0.75, 0], [1, 1]]
+
+
+@pytest.mark.exercise_3
 def test_ignored_pixels_count_neither_for_nor_against(drawn):
     truth, ignore = [[1, 1, 1, 0], [0, 0, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1]]
     masks = [
@@ -473,6 +525,7 @@ def test_ignored_pixels_count_neither_for_nor_against(drawn):
     assert without.iou.tolist() == [pytest.approx([1 / 3, 2 / 4, 3 / 5, 1 / 5])]
 
 
+@pytest.mark.exercise_3
 def test_an_empty_union_scores_one(drawn):
     assert drawn([[0, 0], [0, 0]], None, [[[0, 0], [0, 0]], [[1, 0], [0, 0]]]).iou.tolist() == [[1, 0]]
     assert drawn([[1, 0], [0, 0]], [[1, 1], [0, 0]], [[[0, 1], [0, 0]]]).iou.tolist() == [[1]]  # empty once ignored
@@ -493,7 +546,11 @@ def test_saying_nothing_scores_zero_even_where_nothing_is_there(scorer, samples)
 
 
 @pytest.mark.parametrize(
-    "kind, steps", [("tiered", ((5, 2), (7, 3), (8, 4))), ("0.5", ((5, 4),)), ("0.7", ((7, 4),)), ("0.8", ((8, 4),))]
+    "kind, steps",
+    [
+        pytest.param("tiered", ((5, 2), (7, 3), (8, 4)), marks=pytest.mark.exercise_4),
+        *(("0.5", ((5, 4),)), ("0.7", ((7, 4),)), ("0.8", ((8, 4),))),
+    ],
 )
 def test_a_threshold_must_be_exceeded(kind, steps):
     # IoU as it arises: a quotient of two pixel counts. (numerator of a thousand parts, reward)
@@ -507,6 +564,12 @@ def test_a_threshold_must_be_exceeded(kind, steps):
         assert accuracy_reward(iou, kind).tolist() == [value for _, value in cases]
     one_up = torch.nextafter(torch.tensor([t / 10 for t, _ in steps]), torch.tensor(2.0))
     assert accuracy_reward(one_up, kind).tolist() == [value for _, value in steps]
+
+
+@pytest.mark.exercise_4
+def test_tiers_of_a_whole_step():
+    rewards = tiered_reward(torch.tensor([[0.0, 0.6, 1.0], [0.75, 0.5, 0.3]]))
+    assert rewards.dtype == torch.float32 and rewards.tolist() == [[0, 2, 4], [3, 0, 0]]
 
 
 def test_the_raw_iou_spans_the_same_range():
@@ -702,6 +765,7 @@ def test_megabytes_of_text_are_read(small):
     assert scores.answer_format[0, 5] == 0
 
 
+@pytest.mark.exercise_1
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(
     st.lists(st.floats(-1e6, 1e6, allow_subnormal=False) | st.integers(-(10**6), 10**6), min_size=8, max_size=8),
@@ -709,7 +773,7 @@ def test_megabytes_of_text_are_read(small):
     st.sampled_from((None, 2)),
 )
 def test_whatever_json_writes_is_read_back(values, order, indent):
-    x1, y1, x2, y2 = *map(min, zip(values[:2], values[2:4])), *map(max, zip(values[:2], values[2:4]))
+    x1, y1, x2, y2 = *map(min, values[:2], values[2:4]), *map(max, values[:2], values[2:4])
     data = {"bbox": [x1, y1, x2, y2], "points_1": values[4:6], "points_2": values[6:]}
     answer = parse_answer(wrap(json.dumps({key: data[key] for key in order}, indent=indent)))
     proper = x1 < x2 and y1 < y2
