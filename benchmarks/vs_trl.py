@@ -57,7 +57,7 @@ FLAGS = {
     "middle": "--threads 2 --lr 1e-6 --side 840 --prompt full --prompts_per_step 1 --max_new_tokens 64",
     "learn": "--threads 1 --lr 1e-3",
 }
-STEPS = {"small": 41, "middle": 6, "learn": 60}
+STEPS = {"small": 41, "middle": 6, "learn": 50}
 WRITTEN = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
 WRITTEN = ["<think>x</think>" * (g % 2) + WRITTEN.format(80 * g, 80 * g + 200) for g in range(8)]  # "by" the middle model
 ROWS = ("seconds, format reward", "processor, format reward", "seconds, with SAM", "processor, with SAM", "MiB it adds", "tokens each")

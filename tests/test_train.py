@@ -157,7 +157,7 @@ def test_a_file_is_exchanged_and_never_written_into(tmp_path):
     assert file.read_text() == "new, and longer" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_kill_9_then_resume(tmp_path):
+def test_kill_9_then_resume(whole_run, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "samr1_mini.py"), *QUICK.replace("--save_every 2", "--save_every 1").split(), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
