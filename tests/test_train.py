@@ -202,7 +202,7 @@ def test_the_loop_climbs_whatever_it_is_paid_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(samr1_mini, "score_completions", paid_for_left)
     out = tmp_path / "run"
-    run("train --steps 16 --warmup 2 --eval_samples 4 --sample_every 100 --lr_decay constant --lr 2e-3 --out", out)
+    run("train --steps 16 --prompts_per_step 4 --warmup 2 --eval_samples 4 --sample_every 100 --lr_decay constant --lr 2e-3 --out", out)
     rewards = [row["reward"] for row in metrics(out)]
     assert np.mean(rewards[:2]) < 0.6
     assert np.mean(rewards[-4:]) > 0.9

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import samr1_mini
+from benchmarks import ablations, failures
 
 ROOT = Path(samr1_mini.__file__).parent
 TEXT = (ROOT / "TUTORIAL.md").read_text()
@@ -125,25 +126,30 @@ def test_report_and_dry_run(workplace, monkeypatch, capsys):
     assert "expected peak" in said and "--eps_high" in said
 
 
-@pytest.mark.parametrize("script", ["ablations", "failures"])
-def test_a_sweep_goes_on_and_leaves_what_is_finished(script, workplace, tmp_path, monkeypatch, capsys):
+def test_a_sweep_goes_on_and_leaves_what_is_finished(workplace, tmp_path, monkeypatch, capsys):
     """All of its runs but one are there: the one is trained, the table has them all, and the figure is drawn."""
-    module = importlib.import_module(f"benchmarks.{script}")
-    out, finished = tmp_path / "sweep", workplace / "runs" / "shapes-tiny-0"
-    names = list(module.SETTINGS if script == "ablations" else module.FAILURES)
-    folders = [module.folder(out, name, 0) if script == "ablations" else out / name.replace(" ", "-") for name in names]
+    out, figure = tmp_path / "sweep", tmp_path / "figure.png"
+    folders = [ablations.folder(out, name, 0) for name in ablations.SETTINGS]
     for folder in folders[:-1]:
-        shutil.copytree(finished, folder)
+        shutil.copytree(workplace / "runs" / "shapes-tiny-0", folder)
     began = [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in folders[:-1]]
-    more = "--seeds 0 --jobs 1 --eval_samples 2" if script == "ablations" else ""
-    run(monkeypatch, workplace, f"python benchmarks/{script}.py --steps 2 {more} --out {out} --figure {tmp_path / 'figure.png'}")
+    always = f"python benchmarks/ablations.py --seeds 0 --jobs 1 --out {out} --figure {figure}"
+    run(monkeypatch, workplace, f"{always} --steps 2 --eval_samples 2")
     assert began == [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in folders[:-1]]
     assert len((folders[-1] / "metrics.jsonl").read_text().splitlines()) == 2
+    assert json.loads((folders[-1] / "config.json").read_text())["beta"] == 1e-9  # the setting of its name, "no KL"
     said = capsys.readouterr().out
-    assert all(name in said for name in names)
+    assert all(name in said for name in ablations.SETTINGS)
+    assert Image.open(figure).width > 500
+    run(monkeypatch, workplace, f"{always} --table")
+    assert said.split("Table 3")[1].split("figure:")[0] == capsys.readouterr().out.split("Table 3")[1].split("figure:")[0]
+
+
+def test_failures_are_drawn_from_their_runs(workplace, tmp_path, monkeypatch, capsys):
+    for name, flags in failures.FAILURES.items():
+        shutil.copytree(workplace / "runs" / "shapes-tiny-0", tmp_path / name.replace(" ", "-"))
+        samr1_mini.parse_settings("train", flags.split())  # the flags are flags
+    run(monkeypatch, workplace, f"python benchmarks/failures.py --out {tmp_path} --figure {tmp_path / 'figure.png'}")
+    said = capsys.readouterr().out
+    assert all(name in said for name in failures.FAILURES)
     assert Image.open(tmp_path / "figure.png").width > 500
-    if script == "ablations":
-        run(monkeypatch, workplace, f"python benchmarks/ablations.py --table --seeds 0 --out {out} --figure {tmp_path / 'figure.png'}")
-        assert said.split("Table 3")[1].split("figure:")[0] == capsys.readouterr().out.split("Table 3")[1].split("figure:")[0]
-    flag, value = (module.SETTINGS if script == "ablations" else module.FAILURES)[names[-1]].split()
-    assert float(json.loads((folders[-1] / "config.json").read_text())[flag[2:]]) == float(value)  # it is the setting of its name
