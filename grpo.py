@@ -293,10 +293,10 @@ class Decoder:
     """Gives N = B x G rows their next-token logits, (N,) tokens -> (N, V), one token after the other.
 
     All tensors of a step keep shape and place: the keys and values lie in a cache of their final length, of which a mask shows
-    what is written. So nothing is copied when the cache grows (on a CPU, 1.1 times faster at P = 1050), and a GPU can replay
-    the step: the 2,300 kernels of 36 layers take less time to run than Python takes to launch them one by one, and a CUDA
-    graph launches them all with one call. It is recorded anew for each rollout, which costs two steps, and freed with it, so
-    that the update has the memory. Where a model cannot be recorded, or there is no GPU, the same step runs as it is.
+    what is written. So nothing is copied when the cache grows, and a GPU can replay the step: 36 layers are 2,300 operations,
+    each of which Python would have to launch, and a CUDA graph launches them all with one call (what that gains is not measured:
+    no GPU was at hand). It is recorded anew for each rollout, which costs two steps, and freed with it, so that the update
+    has the memory. Where a model cannot be recorded, or there is no GPU, the same step runs as it is.
     """
 
     def __init__(self, vlm: torch.nn.Module, prefilled: Cache, prompts: Prompts, G: int, max_new_tokens: int):
