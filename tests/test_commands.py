@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,13 @@ def policy_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vit_b(tmp_path_factory) -> Path:
-    """A ViT-B checkpoint as the authors publish them, but for its weights, which are random."""
+def vit_b(tmp_path_factory) -> Iterator[Path]:
+    """A ViT-B checkpoint as the authors publish them, but for its weights, which are random. 375 MB, so it goes afterwards."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("sam") / "sam_vit_b_01ec64.pth"
     torch.save(sam_model_registry["vit_b"]().state_dict(), file)
-    return file
+    yield file
+    file.unlink()
 
 
 @pytest.fixture(scope="module")
