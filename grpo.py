@@ -301,7 +301,7 @@ class Decoder:
 
     def __init__(self, vlm: torch.nn.Module, prefilled: Cache, prompts: Prompts, G: int, max_new_tokens: int):
         (B, P), device = prompts.ids.shape, vlm.device
-        length = -(-(P + max_new_tokens) // 64) * 64  # few different sizes, for the allocator to find again
+        length = -(-(P + max_new_tokens) // 16) * 16  # few different sizes, for the allocator to find again
         self.vlm, self.written, self.cache, self.graph = vlm, P, StaticCache(vlm.config, length), None
         for static, grown in zip(self.cache.layers, prefilled.layers, strict=True):
             static.update(grown.keys.repeat_interleave(G, 0), grown.values.repeat_interleave(G, 0))

@@ -18,6 +18,7 @@ reward is ever NaN. And no error of our own is swallowed: a bug in the reward mu
 """
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -308,6 +309,21 @@ def sam_input(image: Image.Image, side: int) -> tuple[torch.Tensor, torch.Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def upsample_masks(logits: torch.Tensor, side: int, input_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """Logits of G masks, (G, 4h, 4w), at the size (H, W) of the image they are about: (G, H, W).
+
+    side: of the padded square that the encoder saw, pixels; input_size: (height, width) of the image in it.
+    The same as `Sam.postprocess_masks`: bilinear to the square, cut off the padding, bilinear to the image. But the padding goes
+    before the first step, not after it, but for the rows and columns that interpolation mixes into the image's last ones.
+    (A photograph of 4:3 has a quarter of padding. Official sizes on a CPU: 1.3 times faster, pixels equal.)
+    """
+    factor = side // logits.shape[-1]  # 4 for an official SAM
+    height, width = input_size
+    near = logits[:, None, : height // factor + 2, : width // factor + 2]
+    square = F.interpolate(near, scale_factor=factor, mode="bilinear")[..., :height, :width]
+    return F.interpolate(square, size, mode="bilinear")[:, 0]
+
+
 class Overlap(NamedTuple):
     """How B x G masks meet B truths. All tensors (B, G) on the scorer's device."""
 
@@ -351,8 +367,13 @@ class SamScorer:
     """
 
     def __init__(self, sam: Sam, device: torch.device | str = "cpu", encoder_batch: int = 8, decoder_batch: int = 64, offload: bool = False):
-        """encoder_batch: images a pass; decoder_batch: prompts a call (256 MiB of embeddings at 64 for an official SAM).
+        """encoder_batch: images a pass; decoder_batch: prompts a call at most (256 MiB of embeddings at 64 for an official SAM).
         offload: keep SAM in the host's memory between calls of `score` (frees 2.4 GiB of the GPU for ViT-H)."""
+        if torch.device(device).type == "cpu":
+            # One call for all is for GPUs, where launching is what costs. A CPU wants the call's embeddings in its cache:
+            # of an official SAM 16 MiB hold 4, and 64 prompts by 4 took 0.6 of the time that they took at once.
+            embedding = 4 * sam.prompt_encoder.embed_dim * math.prod(sam.prompt_encoder.image_embedding_size)  # bytes
+            decoder_batch = min(decoder_batch, max(1, 2**24 // embedding))
         self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)
         self.device, self.encoder_batch, self.decoder_batch, self.offload = torch.device(device), encoder_batch, decoder_batch, offload
         self.side = sam.image_encoder.img_size
@@ -383,8 +404,7 @@ class SamScorer:
         logits = logits.unflatten(0, (B, G))
         intersection, union, masks = [], [], []
         for b, sample in enumerate(samples):  # B passes, since every image has its own size; no device sync in here
-            size = sample.mask.shape
-            mask = self.sam.postprocess_masks(logits[b][:, None], input_sizes[b], size)[:, 0] > self.sam.mask_threshold
+            mask = upsample_masks(logits[b], self.side, input_sizes[b], sample.mask.shape) > self.sam.mask_threshold  # (G, H, W)
             truth = self._there(torch.from_numpy(sample.mask))
             ignore = None if sample.ignore is None else self._there(torch.from_numpy(sample.ignore))
             meet, join = intersection_and_union(mask, truth, ignore)

@@ -126,7 +126,7 @@ class Settings:
     rollout_prompts: int = setting(64, "prompts decoded together, times G completions")
     checkpoint_layers: bool = setting(False, "recompute the language model's layers in the backward pass")
     sam_batch: int = setting(8, "images that SAM encodes at once")
-    sam_prompts: int = setting(64, "prompts that SAM decodes in one call")
+    sam_prompts: int = setting(64, "prompts that SAM decodes in one call, at most: a CPU takes fewer of an official SAM")
     sam_offload: bool = setting(False, "keep SAM in the host's memory while it is not asked")
     logits_chunk: int = setting(4096, "token positions that go through the lm_head at once; 256 at a vocabulary of 151,936")
     # Evaluation and files

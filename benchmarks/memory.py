@@ -54,7 +54,7 @@ def expected_memory(s, vlm: str, targets: str) -> dict[str, dict[str, tuple[int,
     T, rows = s.max_new_tokens, min(s.rollout_prompts, s.prompts_per_step) * G
     L, passes = P + G * T, s.prompts_per_pass
     head = hidden // text.num_attention_heads
-    length = -(-(P + T) // 64) * 64  # as grpo.Decoder rounds it
+    length = -(-(P + T) // 16) * 16  # as grpo.Decoder rounds it
     token = layers * 2 * text.num_key_value_heads * head * 2  # bytes of keys and values
     grid = sam.image_encoder.img_size // sam.image_encoder.patch_embed.proj.stride[0]
     width, prompts = sam.prompt_encoder.embed_dim, min(s.sam_prompts, s.prompts_per_step * G)

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
 from segment_anything.modeling.image_encoder import Attention
+from segment_anything.utils.transforms import ResizeLongestSide
 
+import reward
 from reward import (
     ACCURACY_REWARDS,
+    SAM_SIZES,
     Answer,
     Overlap,
     SamPrompt,
@@ -34,6 +38,7 @@ from reward import (
     score_completions,
     tiered_reward,
     trl_reward,
+    upsample_masks,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,6 +415,15 @@ def test_iou_is_that_of_pycocotools(scenes, mixed, scorer):
         assert overlap.iou[b].numpy() == pytest.approx(coco.iou(masks, [encode(sample.mask)], [0])[:, 0], abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [(480, 640), (640, 427), (640, 640), (683, 1024), (7, 1000), (1000, 1), (2000, 1333), (384, 513)])
+def test_padding_left_out_of_the_upsampling_changes_nothing(size):
+    """Official geometry: 1024 pixels, logits of 256 x 256. Whatever lies in the padding must not shine through."""
+    logits = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0)) * 20
+    input_size = ResizeLongestSide.get_preprocess_shape(*size, 1024)
+    wanted = Sam.postprocess_masks(SimpleNamespace(image_encoder=SimpleNamespace(img_size=1024)), logits[:, None], input_size, size)
+    assert torch.allclose(upsample_masks(logits, 1024, input_size, size), wanted[:, 0], atol=1e-4)
+
+
 @pytest.mark.exercise_2
 def test_prompts_decoded_together_are_those_decoded_one_by_one(sam):
     torch.manual_seed(0)
@@ -433,6 +447,12 @@ def test_batch_sizes_do_not_change_the_masks(scenes, mixed, sam, scorer):
     for a, b in zip(whole.masks, parts.masks, strict=True):
         assert (a != b).float().mean() < 1e-4
     assert torch.allclose(whole.iou, parts.iou, atol=1e-3)
+
+
+def test_a_cpu_decodes_what_fits_its_cache(sam):
+    large = build_sam(**SAM_SIZES["tiny"] | {"image_size": 1024})  # embeddings of 64 x 128 x 128, as large as official ones: 4 MiB
+    assert SamScorer(large).decoder_batch == 4 and SamScorer(large, decoder_batch=3).decoder_batch == 3
+    assert SamScorer(sam).decoder_batch == 64
 
 
 def test_the_single_mask_is_no_candidate(scenes, mixed, sam, scorer):
@@ -477,8 +497,8 @@ def drawn(scorer, monkeypatch):
 
     def score_drawn(truth, ignore, masks):
         H, W = np.shape(truth)
-        found = torch.tensor(masks).float()[:, None] - 0.5
-        monkeypatch.setattr(scorer.sam, "postprocess_masks", lambda *_: found)
+        found = torch.tensor(masks).float() - 0.5
+        monkeypatch.setattr(reward, "upsample_masks", lambda *_: found)
         sample = SimpleNamespace(
             image=Image.new("RGB", (W, H)),
             mask=np.array(truth, bool),

@@ -17,6 +17,7 @@ from PIL import Image
 from segment_anything.modeling import MaskDecoder
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
+import reward
 import samr1_mini
 from data import Shapes
 
@@ -412,7 +413,7 @@ def test_figures_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypa
         one = samr1_mini.Sample(Image.new("RGB", (16, 16)), "q", truth[k], ignore if k == 0 else None, str(k))
         logits = torch.full((1, 16, 16), -1.0)
         monkeypatch.setattr(scorer, "_best_logits", lambda *_, x=logits: (x, torch.tensor([True])))
-        monkeypatch.setattr(scorer.sam, "postprocess_masks", lambda *_, m=mask: torch.from_numpy(m)[None, None].float())
+        monkeypatch.setattr(reward, "upsample_masks", lambda *_, m=mask: torch.from_numpy(m)[None].float())
         overlap = scorer.score([one], [[samr1_mini.SamPrompt(None, ())]])
         rows.append({"iou": overlap.iou.item(), "intersection": overlap.intersection.item(), "union": overlap.union.item(),
                      "format": True, "box_iou": 0.0})  # fmt: skip
