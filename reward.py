@@ -370,8 +370,8 @@ class SamScorer:
         """encoder_batch: images a pass; decoder_batch: prompts a call at most (256 MiB of embeddings at 64 for an official SAM).
         offload: keep SAM in the host's memory between calls of `score` (frees 2.4 GiB of the GPU for ViT-H)."""
         if torch.device(device).type == "cpu":
-            # One call for all is for GPUs, where launching is what costs. A CPU wants the call's embeddings in its cache:
-            # of an official SAM 16 MiB hold 4, and 64 prompts by 4 took 0.6 of the time that they took at once.
+            # One call for all is for GPUs, where launches cost. On a CPU it is page faults: glibc fetches what is larger than
+            # 32 MiB from the system anew each time. An official SAM took for 64 prompts by 4 just 0.6 of its time for all at once.
             embedding = 4 * sam.prompt_encoder.embed_dim * math.prod(sam.prompt_encoder.image_embedding_size)  # bytes
             decoder_batch = min(decoder_batch, max(1, 2**24 // embedding))
         self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)
