@@ -354,7 +354,7 @@ def intersection_and_union(masks: torch.Tensor, truth: torch.Tensor, ignore: tor
     meet, join = masks & truth, masks | truth  # (G, H, W)
     if ignore is not None:
         meet, join = meet & ~ignore, join & ~ignore
-    return meet.sum((1, 2)).float(), join.sum((1, 2)).float()
+    return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (meet, join))  # torch's int64 takes 3 times as long to count
     # end of exercise 3
 
 
