@@ -34,9 +34,9 @@ from transformers import Cache, StaticCache
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
-    """A_i = (r_i - mean of the group) / std of the group. rewards: (..., G) -> (..., G).
+    """A_i = (r_i - mean) / (std + eps) within each group, std with divisor G - 1. rewards: (..., G) -> (..., G).
 
-    A group needs no critic: its own mean is the baseline. If all rewards are equal, all advantages are 0.
+    A group needs no critic: its own mean is the baseline. If all rewards are equal, all advantages are exactly 0.
 
     >>> group_advantages(torch.tensor([[6.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]]))
     tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
@@ -352,75 +352,11 @@ class Decoder:
         self.graph = graph
 
 
-def group_logprobs(
-    model: torch.nn.Module,
-    prompts: Prompts,
-    completions: Completions,
-    banned: torch.Tensor,
-    temperature: float = 1.0,
-    chunk: int = 256,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of all completions, each prompt computed once. Returns (B, G, T) log-probs and entropies, 0 on padding.
-
-    One row for each prompt: [prompt | o_1 | ... | o_G]. Two things make it equal to G separate rows: the attention mask
-    lets a completion see the prompt and itself but not its neighbours, and its positions start again after the prompt.
-    Only the completions' positions go through the lm_head, `chunk` at a time and recomputed in the backward pass: with
-    V = 151,936 the logits would otherwise be the largest tensors of the whole step.
-
-    Needs attn_implementation="sdpa": eager attention misreads a boolean mask.
-    """
-    vlm = base(model)  # vlm.model(...).last_hidden_state is (B, L, width), and vlm.lm_head makes logits of it
-    # exercise 9: log-probs with a shared prompt
-    rows, positions, segments, sources, targets = (x.to(vlm.device, non_blocking=True) for x in pack(prompts, completions))
-    hidden = vlm.model(
-        input_ids=rows,
-        attention_mask=may_attend(segments)[:, None],
-        position_ids=positions,
-        mm_encoder_outputs={"image": prompts.vision},
-        use_cache=False,
-    ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[sources]  # (N, width), N completion tokens of all prompts
-
-    def through_head(h: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_logprobs(vlm.lm_head(h), tokens, temperature, banned)
-
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    if torch.is_grad_enabled():
-        done = [checkpoint(through_head, h, tokens, use_reentrant=False) for h, tokens in pieces]
-    else:
-        done = [through_head(h, tokens) for h, tokens in pieces]
-    logprobs, entropy = (torch.cat(parts) for parts in zip(*done, strict=True))
-    mask = completions.mask.to(vlm.device, non_blocking=True)
-    blank = torch.zeros(mask.shape, device=vlm.device)
-    return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropy)
-    # end of exercise 9
-
-
-def may_attend(segments: torch.Tensor) -> torch.Tensor:
-    """The attention mask of packed rows, (B, L) as of `pack` -> (B, L, L) bool: may this query see that key?
-
-    What padding sees does not matter as long as it is something: attention over nothing is NaN, and so are its gradients.
-    A prompt and two completions of two tokens each; the fifth and the sixth token are the second completion:
-
-    >>> may_attend(torch.tensor([[0, 0, 1, 1, 2, 2]])).int()
-    tensor([[[1, 0, 0, 0, 0, 0],
-             [1, 1, 0, 0, 0, 0],
-             [1, 1, 1, 0, 0, 0],
-             [1, 1, 1, 1, 0, 0],
-             [1, 1, 0, 0, 1, 0],
-             [1, 1, 0, 0, 1, 1]]], dtype=torch.int32)
-    """
-    # exercise 10: who sees whom in a packed row
-    same = segments[:, :, None] == segments[:, None, :]
-    return ((segments == 0)[:, None, :] | same).tril()
-    # end of exercise 10
-
-
 def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]:
     """Lay out the packed rows, in the host's memory. Returns
 
     rows      (B, L)    token ids: prompt, then the completions without padding; rows padded on the right
-    positions (3, B, L) M-RoPE positions; every completion continues the prompt
+    positions (3, B, L) M-RoPE positions; every completion goes on after the largest of its prompt, over all three axes
     segments  (B, L)    0 on the prompt, 1..G on the completions, -1 on padding
     sources   (N,)      for each completion token the position, in the flattened (B * L), whose hidden state predicts it
     targets   (N,)      the completion tokens, prompt by prompt, completion by completion
@@ -437,7 +373,7 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
     >>> sources, targets
     (tensor([1, 2, 1]), tensor([5, 9, 6]))
     """
-    # exercise 10: rows, positions and segments
+    # exercise 9: rows, positions and segments
     B, G, T = completions.ids.shape
     step = torch.arange(T).expand(G, T)
     number = torch.arange(1, G + 1)[:, None].expand(G, T)
@@ -461,4 +397,69 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
         sources,
         completions.ids[completions.mask],
     )
+    # end of exercise 9
+
+
+def may_attend(segments: torch.Tensor) -> torch.Tensor:
+    """The attention mask of packed rows, (B, L) as of `pack` -> (B, L, L) bool: may this query see that key?
+
+    What padding sees does not matter as long as it is something: attention over nothing is NaN, and so are its gradients.
+    A prompt and two completions of two tokens each; the fifth and the sixth token are the second completion:
+
+    >>> may_attend(torch.tensor([[0, 0, 1, 1, 2, 2]])).int()
+    tensor([[[1, 0, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0, 0],
+             [1, 1, 1, 0, 0, 0],
+             [1, 1, 1, 1, 0, 0],
+             [1, 1, 0, 0, 1, 0],
+             [1, 1, 0, 0, 1, 1]]], dtype=torch.int32)
+    """
+    # exercise 9: who sees whom in a packed row
+    same = segments[:, :, None] == segments[:, None, :]
+    return ((segments == 0)[:, None, :] | same).tril()
+    # end of exercise 9
+
+
+def group_logprobs(
+    model: torch.nn.Module,
+    prompts: Prompts,
+    completions: Completions,
+    banned: torch.Tensor,
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of all completions, each prompt computed once. Returns (B, G, T) log-probs and entropies, 0 on padding.
+
+    One row for each prompt: [prompt | o_1 | ... | o_G]. Two things make it equal to G separate rows: the attention mask
+    lets a completion see the prompt and itself but not its neighbours (the model takes it as (B, 1, L, L)), and its
+    positions start again after the prompt.
+    Only the completions' positions go through the lm_head, `chunk` at a time and recomputed in the backward pass: with
+    V = 151,936 the logits would otherwise be the largest tensors of the whole step.
+
+    Needs attn_implementation="sdpa": eager attention misreads a boolean mask.
+    """
+    vlm = base(model)  # vlm.model(...).last_hidden_state is (B, L, width), and vlm.lm_head makes logits of it
+    # exercise 10: log-probs with a shared prompt
+    rows, positions, segments, sources, targets = (x.to(vlm.device, non_blocking=True) for x in pack(prompts, completions))
+    hidden = vlm.model(
+        input_ids=rows,
+        attention_mask=may_attend(segments)[:, None],
+        position_ids=positions,
+        mm_encoder_outputs={"image": prompts.vision},
+        use_cache=False,
+    ).last_hidden_state
+    hidden = hidden.flatten(0, 1)[sources]  # (N, width), N completion tokens of all prompts
+
+    def through_head(h: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprobs(vlm.lm_head(h), tokens, temperature, banned)
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        done = [checkpoint(through_head, h, tokens, use_reentrant=False) for h, tokens in pieces]
+    else:
+        done = [through_head(h, tokens) for h, tokens in pieces]
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*done, strict=True))
+    mask = completions.mask.to(vlm.device, non_blocking=True)
+    blank = torch.zeros(mask.shape, device=vlm.device)
+    return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropy)
     # end of exercise 10

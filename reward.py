@@ -10,7 +10,7 @@ The file follows the data: `parse_answer` (text to numbers), `sam_prompt` (polic
 (prompts to masks to IoU, all images and completions of a step at once), `accuracy_reward`, `score_completions`.
 
 Where this departs from the paper: SAM 1 (`segment_anything`) in place of SAM2-Large; what a violated format costs is
-*assumed* (0 rather than a negative number: the group's mean is subtracted anyway); key names and the two points follow
+*assumed* (0: the gap to the right one is what counts in a group, not the sign); key names and the two points follow
 Seg-Zero, the closest public system.
 
 A completion is text from a model under training, so it may hold anything. Nothing in here raises on any text, and no
@@ -55,6 +55,7 @@ def parse_answer(text: str) -> Answer:
 
     Each part is judged on its own: a good box counts for SAM also where a point is missing or the reasoning is.
     Tolerant where a reader would be: white space, key order, whole or decimal numbers, single quotes, a ```json fence.
+    Blank reasoning is none. `_block`, `_json_object` and `_numbers`, below, read the pieces.
 
     >>> parse_answer('<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>')
     Answer(think_format=True, answer_format=False, box=(1.0, 2.0, 5.5, 6.0), points=((3.0, 4.0),), thought='the red one')

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from handout import ROOT, SCRIPTS, handout_files, solutions
 
-POINTS = {1: 10, 2: 10, 3: 10, 4: 5, 5: 5, 6: 5, 7: 15, 8: 15, 9: 15, 10: 10}  # yours to change
+POINTS = {1: 10, 2: 10, 3: 10, 4: 5, 5: 5, 6: 5, 7: 15, 8: 15, 9: 10, 10: 15}  # yours to change
 TESTS = ["tests/test_reward.py", "tests/test_grpo.py"]  # where the marked tests are
 KEPT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "TEMP", "SYSTEMROOT", "USERPROFILE")  # of the grader's environment
 
@@ -127,7 +127,8 @@ def run_tests(tree: Path, marks: str, files: list[str], limit: float) -> tuple[i
         if trouble is None:
             passed += 1
         elif not remark:
-            remark = f"{case.get('name')}: {' '.join((trouble.get('message') or trouble.tag).split())}"[:120]
+            name = case.get("name") if len(case.get("name")) < 70 else case.get("name").partition("[")[0]  # parameters can be long
+            remark = f"{name}: {' '.join((trouble.get('message') or trouble.tag).split())}"[:120]
     if not (tree / "finished").is_file():
         return 0, total, remark or "broke off before all tests had run"
     return passed, total, remark
@@ -139,7 +140,7 @@ def grade_exercise(folder: Path, exercise: int, script: str, hidden: list[Path],
     try:
         student = (folder / script).read_text("utf-8")
         text = put_in(reference, student, exercise)
-        compile(text, script, "exec", dont_inherit=True)
+        compile(text, f"<student's {script}>", "exec", dont_inherit=True)  # by its own name Python would quote our file
     except SyntaxError as error:
         return 0, None, f"syntax error: {error.msg}: {(error.text or '').strip()[:60]}"
     except (OSError, ValueError, RecursionError, MemoryError) as error:  # no such file, no text, no markers; nested too deep

@@ -140,8 +140,9 @@ def test_each_exercise_is_graded_on_its_own(solve, tmp_path_factory):
     assert "test_hidden[2]" in five["remark"] and table[1].endswith(five["remark"])
     assert six["passed"] < six["tests"] and six["points"] < six["of"] and "test_" in six["remark"]
     assert seven["points"] == nine["points"] == 0
-    assert seven["remark"].startswith("syntax error") and "markers" in nine["remark"]
-    assert result["points"] == five["points"] + six["points"] and result["of"] == 40
+    assert seven["remark"].startswith("syntax error") and "ratio = (" in seven["remark"], "the student's line, not ours"
+    assert "markers" in nine["remark"]
+    assert result["points"] == five["points"] + six["points"] and result["of"] == 35
 
 
 # What a solution may do, in a tree as small as can be. (its lines, tests passed of two, what the remark says)

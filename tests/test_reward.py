@@ -92,6 +92,7 @@ NO_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1000001", "-1e
 NO_NUMBERS += ["true", "false", "null", '"7"', '"५"', "[1]", "{}"]
 
 
+@pytest.mark.exercise_1
 @pytest.mark.parametrize("part", ["bbox", "points_1", "points_2"])
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: value[:9])
 def test_what_is_no_number_spoils_its_own_part_only(part, value):
@@ -128,6 +129,7 @@ SLIPS = [("1,2", "1,,2"), ("1,2", "01,2"), ("1,2", "0x1,2"), ("1,2", "+1,2"), ("
 SLIPS += [("1,2", "१,2"), ("]", ",]"), (":", "="), ('"', ""), ("}", ""), ("{", "("), ("}", "}}")]
 
 
+@pytest.mark.exercise_1
 @pytest.mark.parametrize(
     "body",
     [
@@ -397,7 +399,7 @@ def test_masks_are_those_of_sam_predictor(scenes, mixed, predicted, scorer):
                 continue
             clear = np.abs(logits) > 1e-3  # in between, rounding decides; that is hardly ever
             assert clear.mean() > 0.999
-            assert (mask == (logits > 0))[clear].all()
+            assert (mask == (logits > 0))[clear].all(), f"the mask of {mixed[b][g]} is not SamPredictor's"
             expected = coco.iou([encode(logits > 0)], [encode(sample.mask)], [0])[0, 0]
             assert abs(overlap.iou[b, g].item() - expected) < 1e-4
     assert overlap.iou.max() > 0.5  # the comparison is about real masks
@@ -471,9 +473,9 @@ def test_each_image_is_encoded_once_and_each_make_up_decoded_in_one_call(scenes,
         images.append(len(x))
         return forward(x)
 
-    def count_prompts(**inputs):
-        prompts.append(len(inputs["sparse_prompt_embeddings"]))
-        return predict_masks(**inputs)
+    def count_prompts(*args, **inputs):
+        prompts.append(len(args[2] if len(args) > 2 else inputs["sparse_prompt_embeddings"]))
+        return predict_masks(*args, **inputs)
 
     monkeypatch.setattr(encoder, "forward", count_images)
     monkeypatch.setattr(decoder, "predict_masks", count_prompts)
@@ -522,6 +524,17 @@ def test_pixels_are_counted_as_pycocotools_counts_them(shape):
             pair = [encode((x & counts).numpy()) for x in (mask, truth)]
             assert intersection[g] == coco.area(coco.merge(pair, intersect=True))
             assert union[g] == coco.area(coco.merge(pair))
+
+
+@pytest.mark.exercise_3
+def test_large_masks_are_counted_exactly_and_nothing_is_overwritten():
+    masks, truth = torch.ones(2, 301, 301, dtype=torch.bool), torch.ones(301, 301, dtype=torch.bool)
+    ignore = torch.zeros(301, 301, dtype=torch.bool)
+    ignore[0, 0] = True
+    for left_out, pixels in ((ignore, 90_600), (None, 90_601)):
+        intersection, union = intersection_and_union(masks, truth, left_out)
+        assert intersection.tolist() == union.tolist() == [pixels] * 2
+    assert masks.all() and truth.all() and ignore.sum() == 1, "the arguments belong to the caller: nothing in place"
 
 
 @pytest.mark.exercise_3
@@ -581,15 +594,18 @@ def test_a_threshold_must_be_exceeded(kind, steps):
         below = value
     for scale in (1, 7, 333):
         iou = torch.tensor([n * scale for n, _ in cases]).float() / torch.tensor(1000.0 * scale)
-        assert accuracy_reward(iou, kind).tolist() == [value for _, value in cases]
+        wanted = [value for _, value in cases]
+        assert accuracy_reward(iou, kind).tolist() == wanted, "at a threshold itself, which float32 rounds: compare tensors"
     one_up = torch.nextafter(torch.tensor([t / 10 for t, _ in steps]), torch.tensor(2.0))
     assert accuracy_reward(one_up, kind).tolist() == [value for _, value in steps]
 
 
 @pytest.mark.exercise_4
 def test_tiers_of_a_whole_step():
-    rewards = tiered_reward(torch.tensor([[0.0, 0.6, 1.0], [0.75, 0.5, 0.3]]))
+    iou = torch.tensor([[0.0, 0.6, 1.0], [0.75, 0.5, 0.3]])
+    rewards = tiered_reward(iou)
     assert rewards.dtype == torch.float32 and rewards.tolist() == [[0, 2, 4], [3, 0, 0]]
+    assert iou[0, 1] == 0.6, "the IoU must not be changed in place: it is logged"
 
 
 def test_the_raw_iou_spans_the_same_range():

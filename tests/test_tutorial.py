@@ -33,7 +33,7 @@ ELSEWHERE = {
     "python tests/grade.py handout": "test_assignment.py",
     "python tests/grade.py handout --hidden FOLDER": "test_assignment.py",
     "python tests/grade.py .": "test_assignment.py",
-    "python -m pytest -m exercise_5 tests": "test_assignment.py",
+    "python -m pytest -rs -m exercise_5 tests": "test_assignment.py",
 }
 FIGURES = ("loop", "sheet", "seeds", "mask", "tiers")
 
