@@ -2,7 +2,7 @@
 
 In the scripts the solution of each exercise stands between two comments, `# exercise 5: advantages within a group` and
 `# end of exercise 5`. In the copy, a NotImplementedError takes its place; signatures, docstrings, all other code and the
-tests stay. `python -m pytest -m exercise_5 tests` runs the tests of an exercise.
+tests stay. `python -m pytest -rs -m exercise_5 tests` runs the tests of an exercise.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main() -> None:
         write_handout(out)
     except OSError as error:
         parser.exit(2, f"handout.py: {error}\n")
-    print(f"{out}: the exercises are in {' and '.join(SCRIPTS)}; try python -m pytest -m exercise_1 tests")
+    print(f"{out}: the exercises are in {' and '.join(SCRIPTS)}; try python -m pytest -rs -m exercise_1 tests")
 
 
 if __name__ == "__main__":
