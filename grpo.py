@@ -432,9 +432,8 @@ def group_logprobs(
 
     One row for each prompt: [prompt | o_1 | ... | o_G]. Two things make it equal to G separate rows: the attention mask
     lets a completion see the prompt and itself but not its neighbours (the model takes it as (B, 1, L, L)), and its
-    positions start again after the prompt.
-    Only the completions' positions go through the lm_head, `chunk` at a time and recomputed in the backward pass: with
-    V = 151,936 the logits would otherwise be the largest tensors of the whole step.
+    positions start again after the prompt. Only the completions' positions go through the lm_head, `chunk` at a time and
+    recomputed in the backward pass: with V = 151,936 the logits would otherwise be the largest tensors of the whole step.
 
     Needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """

@@ -315,8 +315,8 @@ def upsample_masks(logits: torch.Tensor, side: int, input_size: tuple[int, int],
 
     side: of the padded square that the encoder saw, pixels; input_size: (height, width) of the image in it.
     The same as `Sam.postprocess_masks`: bilinear to the square, cut off the padding, bilinear to the image. But the padding goes
-    before the first step, not after it, but for the rows and columns that interpolation mixes into the image's last ones.
-    (A photograph of 4:3 has a quarter of padding. Official sizes on a CPU: 1.3 times faster, pixels equal.)
+    before the first step, not after it, but for the rows and columns that interpolation mixes into the image's last ones:
+    a photograph of 4:3 has a quarter of padding. (benchmarks/sam_scoring.py: "masks + IoU")
     """
     factor = side // logits.shape[-1]  # 4 for an official SAM
     height, width = input_size
@@ -355,15 +355,15 @@ def intersection_and_union(masks: torch.Tensor, truth: torch.Tensor, ignore: tor
     meet, join = masks & truth, masks | truth  # (G, H, W)
     if ignore is not None:
         meet, join = meet & ~ignore, join & ~ignore
-    return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (meet, join))  # torch's int64 takes 3 times as long to count
+    return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (meet, join))  # counting in int64, torch's default, takes longer
     # end of exercise 3
 
 
 class SamScorer:
     """A frozen SAM that scores all completions of a step at once.
 
-    Each image is encoded once, whatever the number of completions about it. All prompts of one make-up (a box and two
-    points, a box alone, ...) go through one call of the mask decoder, across images. Only the mask that SAM itself rates
+    Each image is encoded once, whatever the number of completions about it. Prompts of one make-up (a box and two points,
+    a box alone, ...) are decoded together, across images, up to `decoder_batch` in a call. Only the mask that SAM itself rates
     best of its three is brought to full size. Masks are those of `SamPredictor.predict` with the same prompt.
     """
 
@@ -372,7 +372,7 @@ class SamScorer:
         offload: keep SAM in the host's memory between calls of `score` (frees 2.4 GiB of the GPU for ViT-H)."""
         if torch.device(device).type == "cpu":
             # One call for all is for GPUs, where launches cost. On a CPU it is page faults: glibc fetches what is larger than
-            # 32 MiB from the system anew each time. An official SAM took for 64 prompts by 4 just 0.6 of its time for all at once.
+            # 32 MiB from the system anew each time, and so an official SAM takes less time for 64 prompts by fours.
             embedding = 4 * sam.prompt_encoder.embed_dim * math.prod(sam.prompt_encoder.image_embedding_size)  # bytes
             decoder_batch = min(decoder_batch, max(1, 2**24 // embedding))
         self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)

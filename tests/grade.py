@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -127,7 +128,7 @@ def run_tests(tree: Path, marks: str, files: list[str], limit: float) -> tuple[i
         if trouble is None:
             passed += 1
         elif not remark:
-            name = case.get("name") if len(case.get("name")) < 70 else case.get("name").partition("[")[0]  # parameters can be long
+            name = re.sub(r"\[.{30,}", "", case.get("name"))  # its parameters, where they are long
             remark = f"{name}: {' '.join((trouble.get('message') or trouble.tag).split())}"[:120]
     if not (tree / "finished").is_file():
         return 0, total, remark or "broke off before all tests had run"
