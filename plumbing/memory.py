@@ -1,0 +1,195 @@
+"""memory.py - estimate the memory of a training step.
+
+Nothing is downloaded and nothing is allocated: the models are built on torch's meta device, where
+tensors have shapes but no data. `python -m tools.memory` prints the estimate.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, Qwen2_5_VLConfig
+
+from plumbing.sam import SAM_SIZES, build_sam
+
+Parts = dict[str, tuple[int, str]]  # name of a part: its bytes, and how they are computed
+
+LOGITS_AT_ONCE = 39_000_000  # as in grpo.py, which this file must not import
+
+# The sizes of the language models, as published in their config.json.
+PUBLISHED = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": dict(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def published_config(vlm: str) -> PretrainedConfig:
+    """The config of a VLM, without its weights.
+
+    For Qwen2.5-VL-3B and 7B it is built from the published sizes, so nothing is downloaded. For
+    any other name or folder it is read from config.json.
+    """
+    if vlm not in PUBLISHED:
+        return AutoConfig.from_pretrained(vlm)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text = PUBLISHED[vlm] | {"rope_parameters": rope}
+    vision = dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        patch_size=14,
+        spatial_merge_size=2,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+        out_hidden_size=text["hidden_size"],
+    )
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+@dataclass
+class Sizes:
+    """The sizes that the estimate needs, from the settings and the models."""
+
+    weights: int  # of the VLM
+    adapter: int  # weights of the LoRA adapter
+    sam_weights: int
+    layers: int
+    hidden: int
+    inner: int  # width of the MLP
+    vocabulary: int
+    kv_heads: int
+    head: int  # width of an attention head
+    sam_width: int  # channels of SAM's image embedding
+    sam_grid: int  # its height and width
+    prompt: int  # P, tokens of a prompt
+    B: int
+    G: int
+    T: int  # tokens of the longest completion
+
+
+def read_sizes(s, vlm: str, targets: str) -> Sizes:
+    """Build both models on the meta device and read their sizes. See `expected_memory`."""
+    config = published_config(vlm)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+        sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
+    text, vision = config.text_config, config.vision_config
+    linears = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
+    image_tokens = (s.side // (vision.patch_size * vision.spatial_merge_size)) ** 2
+    return Sizes(
+        weights=sum(p.numel() for p in model.parameters()),
+        adapter=s.lora_rank * sum(m.in_features + m.out_features for m in linears),
+        sam_weights=sum(p.numel() for p in sam.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        inner=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        kv_heads=text.num_key_value_heads,
+        head=text.hidden_size // text.num_attention_heads,
+        sam_width=sam.prompt_encoder.embed_dim,
+        sam_grid=sam.prompt_encoder.image_embedding_size[0],
+        prompt=image_tokens + (250 if s.prompt == "full" else 20),  # about so many text tokens
+        B=s.prompts_per_step,
+        G=s.group_size,
+        T=s.max_new_tokens,
+    )
+
+
+def expected_memory(s, vlm: str, targets: str) -> dict[str, Parts]:
+    """Expected GPU memory of a training step in bfloat16, in bytes, by phase and part.
+
+    This is an estimate: allocators round up, and kernels need workspace.
+
+    s:       samr1_mini.Settings.
+    vlm:     name or folder of the policy.
+    targets: regular expression of the names of the modules that carry an adapter.
+
+    Raises OSError or ValueError if the config of `vlm` cannot be read, KeyError if SAM's size is
+    unknown.
+    """
+    n = read_sizes(s, vlm, targets)
+    adapter = f"{n.adapter / 1e6:.1f}e6 weights x 16 bytes"
+    sam_weights = (n.sam_weights * 4, f"{n.sam_weights / 1e6:.0f}e6 weights x 4 bytes")
+    policy = {
+        "policy weights": (n.weights * 2, f"{n.weights / 1e9:.2f}e9 weights x 2 bytes"),
+        "adapter": (n.adapter * 16, f"{adapter}: weight, gradient, two moments of AdamW, float32"),
+    }
+    with_sam = policy | {"SAM weights": sam_weights}
+    outside_reward = policy if s.sam_offload else with_sam
+    return {
+        "rollout": outside_reward | rollout_parts(n, s.rollout_prompts),
+        "reward": with_sam | reward_parts(n),
+        "update": outside_reward | update_parts(n, s.prompts_per_pass, s.checkpoint_layers),
+    }
+
+
+def rollout_parts(n: Sizes, rollout_prompts: int) -> Parts:
+    """Memory of sampling with `rollout_prompts` prompts at a time."""
+    prompts = min(rollout_prompts, n.B)
+    rows = prompts * n.G
+    length = -(-(n.prompt + n.T) // 16) * 16  # grpo.Decoder rounds up to a multiple of 16
+    token = n.layers * 2 * n.kv_heads * n.head * 2  # bytes of keys and values
+    heads = f"{n.layers} layers x 2 x {n.kv_heads} heads x {n.head} x 2 bytes"
+    return {
+        "keys and values": (rows * length * token, f"{rows} rows x {length} tokens x {heads}"),
+        "keys of the prompts": (
+            prompts * n.prompt * token,
+            f"{prompts} x {n.prompt} tokens, while they are copied to the completions' rows",
+        ),
+        "logits": (
+            rows * n.vocabulary * 14,
+            f"{rows} rows x {n.vocabulary} x (2 + 3 x 4) bytes: logits, 3 tensors of sampling",
+        ),
+    }
+
+
+def reward_parts(n: Sizes) -> Parts:
+    """Memory of SAM's mask decoder. `reward.SamScorer` decodes 64 MiB of embeddings in a call."""
+    embedding = 4 * n.sam_width * n.sam_grid**2  # bytes of a prompt's dense embedding
+    prompts = min(max(1, 2**26 // embedding), n.B * n.G)
+    maps = f"10 maps of {n.sam_width} x {n.sam_grid} x {n.sam_grid} x 4 bytes"
+    why = f"{prompts} prompts x {maps} (9 to 10 measured on a CPU)"
+    return {"SAM decoder": (prompts * 10 * embedding, why)}
+
+
+def update_parts(n: Sizes, passes: int, checkpoint_layers: bool) -> Parts:
+    """Memory of a forward and backward pass over `passes` packed rows."""
+    L = n.prompt + n.G * n.T
+    tokens = f"{passes} x {L} tokens"
+    layer = passes * L * (56 * n.hidden + 16 * n.inner)  # bytes of a layer's activations
+    width = f"(56 x {n.hidden} + 16 x {n.inner}) bytes"
+    inputs = (layer * n.layers, f"{tokens} x {n.layers} layers x {width}")
+    if checkpoint_layers:
+        inputs = (
+            passes * L * n.layers * n.hidden * 2,
+            f"{tokens} x {n.layers} layers x {n.hidden} x 2 bytes",
+        )
+    V = n.vocabulary
+    chunk = min(passes * n.G * n.T, max(1, LOGITS_AT_ONCE // V))
+    return {
+        "inputs of the layers": inputs,
+        "one layer recomputed": (layer, f"{tokens} x {width}"),
+        "attention mask": (passes * L * L * 3, f"{passes} x {L} x {L} x (1 + 2) bytes"),
+        "logits": (chunk * V * 14, f"{chunk} positions x {V} x (2 + 3 x 4) bytes"),
+    }

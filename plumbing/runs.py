@@ -1,0 +1,352 @@
+"""runs.py - a run's folder on the disk: whole files, checkpoints, resuming, interruption, timing.
+
+A file has its final name only when it is complete. So whatever happens to the process, every file
+in the folder can be read.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from tqdm import tqdm
+
+from data import BadSample, Sample
+
+try:
+    import resource  # peak memory of the process
+except ImportError:  # Windows has no such module
+    resource = None
+
+MARK = ".samr1-mini"  # this file marks the folder of a run; it holds the name of the command
+RUN_FILES = """config.json metrics.jsonl eval.json answers.jsonl report.html curves.png sheet.png
+    adapter checkpoint rollouts samples""".split()
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Write a file completely or not at all: under a temporary name, which is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_figure(figure, path: Path) -> None:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: list[str]) -> None:
+    """Prepare the folder of a run. Raises ValueError if that would endanger other files.
+
+    command: "train" or "eval", written into the folder's mark.
+    inputs:  what the settings name as inputs. A folder that contains one is never an output.
+    With `overwrite` the files of an existing run are deleted, but only in a folder with the mark,
+    and only if it holds nothing else.
+    """
+    mark = out / MARK
+    if resume:
+        if not mark.is_file() or mark.read_text() != command:
+            raise ValueError(f"this is not the folder of a `{command}` run: name another one")
+        return
+    for name in inputs:
+        path = Path(name.partition(":")[2] or name).expanduser()
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"it holds {name}, which this command reads: name another folder")
+    names = {file.name for file in out.iterdir()} if out.exists() else set()
+    if names and not mark.is_file():
+        raise ValueError("this folder holds other files than a run: name another one")
+    if names and not overwrite:
+        raise ValueError(
+            "it holds a run: continue it with --resume, replace it with --overwrite, "
+            "or name another folder"
+        )
+    if others := sorted(n for n in names - {MARK, *RUN_FILES} if ".tmp" not in n):
+        raise ValueError(f"it also holds {', '.join(others[:3])}: move that away first")
+    for name in names:
+        file = out / name
+        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+    write_text(mark, command)
+
+
+def save_settings(out: Path, settings) -> None:
+    """Write config.json, which --resume continues with."""
+    config = asdict(settings) | {"out": str(out), "resume": False, "overwrite": False}
+    write_text(out / "config.json", json.dumps(config, indent=2))
+
+
+def start_metrics(out: Path, settings, steps: int) -> list[dict]:
+    """Write config.json, and crop metrics.jsonl to the first `steps` lines, which are returned.
+
+    Steps after the checkpoint that a run continues from are repeated.
+    """
+    save_settings(out, settings)
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines()[:steps] if steps else []
+    write_text(file, "".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def start_answers(out: Path, settings) -> list[dict]:
+    """Write config.json, and return the answers that an interrupted evaluation has written."""
+    file = out / "answers.jsonl"
+    # A line without an end was cut off by the interruption.
+    lines = file.read_text().split("\n")[:-1] if settings.resume and file.exists() else []
+    save_settings(out, settings)
+    write_text(file, "".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def append_line(file: Path, row: dict) -> None:
+    with open(file, "a") as log:
+        log.write(json.dumps(row) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, results: dict) -> None:
+    """Save all that an exact resume needs, and the adapter in peft's format with a model card.
+
+    The order of the data and the learning rate follow from the step. results: for eval.json.
+    Raises OSError.
+    """
+    weights = get_peft_model_state_dict(model)
+    state = {"step": step, "adapter": weights, "optimizer": optimizer.state_dict()}
+    with whole_file(out / "checkpoint" / "state.pt") as temporary:
+        try:
+            torch.save(state | {"generator": generator.get_state()}, temporary)
+        except RuntimeError as error:  # torch's way to say that the disk is full
+            raise OSError(str(error)) from error
+    with tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
+        model.save_pretrained(folder)  # several files
+        (Path(folder) / "README.md").write_text(model_card(s, step, results))
+        (out / "adapter").mkdir(exist_ok=True)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, out / "adapter" / file.name)
+    write_text(out / "eval.json", json.dumps(results, indent=2))
+
+
+def load_checkpoint(out: Path, model, optimizer, generator) -> tuple[int, dict]:
+    """Restore a checkpoint. Returns its step and eval.json. Raises OSError or ValueError."""
+    file = out / "checkpoint" / "state.pt"
+    if not file.is_file():
+        raise FileNotFoundError("no checkpoint was saved there yet: start again with --overwrite")
+    try:
+        # Load to the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        set_peft_model_state_dict(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} does not fit this model and these settings: {error}") from error
+    return state["step"], json.loads((out / "eval.json").read_text())
+
+
+def model_card(s, step: int, results: dict) -> str:
+    """The README of an adapter: what it is, how it was trained, what it reaches, how to load it."""
+    base = "tiny/vlm of this repository" if s.vlm == "tiny" else s.vlm
+    order = ("before", "after", "ceiling")
+    rows = [(name, results[name]) for name in order if name in results]
+    table = [f"| {name} | {r['giou']:.3f} | {r['ciou']:.3f} | {r['n']} |" for name, r in rows]
+    return f"""---
+library_name: peft
+tags: [segmentation, grpo, lora]
+---
+# LoRA adapter trained with SAM-R1 mini
+
+- base model: {base}
+- segmenter in the reward: {s.sam.partition(":")[0]} (frozen)
+- data: {s.data.partition(":")[0]}, training step {step} of {s.steps}
+- {s.prompts_per_step} prompts a step, {s.group_size} completions each, seed {s.seed}
+- accuracy reward {s.accuracy}, beta {s.beta:g}, learning rate {s.lr:g}, LoRA rank {s.lora_rank}
+
+Greedy answers on held-out samples. "ceiling" is the segmenter with the true box.
+
+| | gIoU | cIoU | samples |
+|---|---|---|---|
+{chr(10).join(table)}
+
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+    model = AutoModelForImageTextToText.from_pretrained(BASE_MODEL)
+    model = PeftModel.from_pretrained(model, THIS_FOLDER)
+"""
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples of a step
+# --------------------------------------------------------------------------------------------------
+
+
+def indices(step: int, count: int, n: int, seed: int) -> list[int]:
+    """Which `count` of n samples a step takes. Every epoch has its own order.
+
+    The result depends on the arguments alone, so a resumed run continues with the right samples.
+    """
+    chosen = []
+    for place in range(step * count, (step + 1) * count):
+        if not chosen or place % n == 0:
+            order = np.random.default_rng([seed, place // n]).permutation(n)
+        chosen.append(int(order[place % n]))
+    return chosen
+
+
+def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
+    """Read the chosen samples. Returns them, and how many were skipped.
+
+    A sample that cannot be used is reported and replaced by the next one of the data set.
+    """
+    batch, skipped = [], 0
+    for index in chosen:
+        for attempt in range(100):
+            try:
+                batch.append(dataset[(index + attempt) % len(dataset)])
+                break
+            except BadSample as error:
+                skipped += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        else:
+            raise SystemExit(
+                "samr1_mini.py: --data: 100 samples in a row cannot be used, see above; "
+                "what is trained is saved"
+            )
+    return batch, skipped
+
+
+# --------------------------------------------------------------------------------------------------
+# Interruption and timing
+# --------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that the current step can be finished and saved.
+
+    The second signal ends the run at once.
+    """
+
+    def __init__(self):
+        self.number = 0  # of the signal
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self.number = number
+        tqdm.write("stopping after this step (again: at once)")
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    def exit(self, out: Path, step: int) -> None:
+        print(
+            f"stopped after step {step}, everything is saved; continue with: "
+            f"python samr1_mini.py train --resume --out {out}"
+        )
+        raise SystemExit(128 + self.number)
+
+
+class PhaseTimer:
+    """Seconds and peak memory of each phase of a step. On a GPU, a phase ends when it is done."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.peaks = device, {}, {}
+        self.started = self.last = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase], self.last = now - self.last, now
+        self.peaks[phase] = peak_mib(self.device)
+
+    def row(self, completions) -> dict[str, float]:
+        """Columns of metrics.jsonl about a step that sampled these completions."""
+        row = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        row |= {f"peak_mib_{phase}": peak for phase, peak in self.peaks.items()}
+        tokens = completions.mask.sum().item()
+        row["tokens_per_second"] = tokens / (time.perf_counter() - self.started)
+        return row | {"peak_mib": max(self.peaks.values())}
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU since the last call, or of the process since its start."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    if resource is None:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, else KiB
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers of a run
+# --------------------------------------------------------------------------------------------------
+
+
+def describe(scores, completions, end: torch.Tensor) -> dict[str, float]:
+    """Means over the B x G completions of a step, for metrics.jsonl.
+
+    tier_2, tier_3 and tier_4 are the shares of completions whose IoU falls into that tier of the
+    paper's accuracy reward, whichever reward the run uses.
+    """
+    names = ("reward", "accuracy", "think_format", "answer_format", "iou")
+    row = {name: getattr(scores, name).mean().item() for name in names}
+    for value, low, high in ((2, 0.5, 0.7), (3, 0.7, 0.8), (4, 0.8, 2.0), (0, -1.0, 0.5)):
+        inside = (scores.iou > low) & (scores.iou <= high)
+        row[f"tier_{value}"] = inside.float().mean().item()
+    equal = scores.reward.amax(1) == scores.reward.amin(1)
+    row["equal_groups"] = equal.float().mean().item()
+    row["length"] = completions.mask.sum(-1).float().mean().item()
+    row["truncated"] = completions.truncated(end).float().mean().item()
+    return row
+
+
+def print_table(results: dict, metrics: list[dict], out: Path) -> None:
+    """Print the metrics of a run side by side, and how reward and IoU changed."""
+    columns = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5"}
+    print(f"\n{'':12}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
+    for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # it is last
+        cells = (f"{row[c]:9.3f}" if c in row else f"{'-':>9}" for c in columns)
+        print(f"{name:12}{''.join(cells)}{row['n']:7d}")
+    if "before" in results and "after" in results:
+        before, after, ceiling = (results[k]["giou"] for k in ("before", "after", "ceiling"))
+        closed = round(100 * (after - before) / max(ceiling - before, 1e-9))
+        print(f"\ngap to the ceiling closed: {closed} %")
+    if metrics:
+        first = min(5, (len(metrics) + 1) // 2)
+        last = min(20, max(1, len(metrics) - first))
+        for name, label in (("reward", "mean reward (of 6)"), ("iou", "sampled mask IoU")):
+            values = [row[name] for row in metrics]
+            start, end = np.mean(values[:first]), np.mean(values[-last:])
+            print(f"{label}: {start:.2f} -> {end:.2f} (first {first} and last {last} steps)")
+        low, high = (np.mean([row[name] for row in metrics]) for name in ("clip_low", "clip_high"))
+        print(f"ratio clipped below {low:.2%}, above {high:.2%} of tokens")
+    files = sorted(p.name + "/" * p.is_dir() for p in out.iterdir() if p.name != MARK)
+    print(f"written to {out}: {', '.join(files)}")
