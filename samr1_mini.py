@@ -155,9 +155,9 @@ def train(s: Settings) -> None:
         old, reference = fixed_logprobs(policy, prompts, completions, s)
         timer.end("logprobs")
 
-        # 4. Updates: `epochs` passes over the completions, `minibatches` updates in each.
+        # 4. Updates: `epochs` times over the completions, in `minibatches` parts (default 2 x 2).
         rollouts = (prompts, completions, advantages)
-        new, statistics = update(policy, optimizer, *rollouts, old, reference, s)
+        clipped, statistics = update(policy, optimizer, *rollouts, old, reference, s)
         timer.end("update")
 
         # 5. Log and save.
@@ -168,7 +168,6 @@ def train(s: Settings) -> None:
         with exit_on_error(unwritten, (OSError,)):
             runs.append_line(out / "metrics.jsonl", row)
             if log_this_step:
-                clipped = clip_side((new - old).exp(), advantages[..., None], s.eps_low, s.eps_high)
                 record = (batch[:2], completions, scores, policy.processor.tokenizer)
                 logged = pictures.record_rollouts(*record, advantages, clipped)
                 log_samples(out, step + 1, policy, scorer, heldout, s, logged, metrics)
@@ -218,42 +217,39 @@ def fixed_logprobs(policy: Policy, prompts: Prompts, completions: Completions, s
 
 
 def update(policy, optimizer, prompts, completions, advantages, old, reference, s: Settings):
-    """Update the adapter. Returns the new log-probs, (B, G, T), and the statistics to log.
+    """Update the adapter. Returns `clip_side` of each token, (B, G, T), and statistics to log.
 
     Gradients add up over the passes of a mini-batch, so `prompts_per_pass` does not change them.
     """
     policy.model.train()  # only for gradient checkpointing: there is no dropout
     mask, advantages = completions.mask.to(policy.device), advantages.to(policy.device)
-    new = torch.zeros(mask.shape, device=policy.device)
+    clipped = torch.zeros(mask.shape, dtype=torch.int32, device=policy.device)
     size = s.prompts_per_step // s.minibatches  # prompts in a mini-batch
+    clip = (s.eps_low, s.eps_high)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     log, norms = [], []
     for minibatch in slices(0, len(prompts), size) * s.epochs:
         for rows in slices(minibatch.start, minibatch.stop, s.prompts_per_pass):
-            now, entropy = logprobs(policy, prompts[rows], completions[rows], s)  # (b, G, T)
-            new[rows] = now.detach()
-            loss, statistics = grpo_loss(
-                now,
-                new[rows] if old is None else old[rows],
-                None if reference is None else reference[rows],
-                advantages[rows],
-                mask[rows],
-                s.eps_low,
-                s.eps_high,
-                s.beta,
-                s.normalise,
-            )
-            share = (rows.stop - rows.start) / size  # of the mini-batch
+            new, entropy = logprobs(policy, prompts[rows], completions[rows], s)  # (b, G, T)
+            # With one update a step the policy has not changed since the rollout: old is new.
+            before = new.detach() if old is None else old[rows]
+            anchor = None if reference is None else reference[rows]
+            group = (advantages[rows], mask[rows])
+            loss, statistics = grpo_loss(new, before, anchor, *group, *clip, s.beta, s.normalise)
+            # The loss is a mean over this pass. Weight it by the pass's share of the mini-batch.
+            share = (rows.stop - rows.start) / size
             (loss * share).backward()
             statistics["entropy"] = entropy.sum() / mask[rows].sum()
             log.append({name: value * share for name, value in statistics.items()})
+            ratio = (new.detach() - before).exp()
+            clipped[rows] = clip_side(ratio, advantages[rows][..., None], *clip)
         norms.append(torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM))
         optimizer.step()
         optimizer.zero_grad()
     names = ("kl", "ratio", "clip_low", "clip_high", "entropy")
     means = {name: torch.stack([row[name] for row in log]).sum() / len(norms) for name in names}
     means["grad_norm"] = torch.stack(norms).mean()
-    return new, {name: value.item() for name, value in means.items()}
+    return clipped.cpu(), {name: value.item() for name, value in means.items()}
 
 
 def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metrics) -> None:

@@ -137,7 +137,8 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
     The order of the data and the learning rate follow from the step. results: for eval.json.
     Raises OSError.
     """
-    weights = get_peft_model_state_dict(model)
+    # False: peft would ask the hub whether the base model's vocabulary has another size.
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     state = {"step": step, "adapter": weights, "optimizer": optimizer.state_dict()}
     with whole_file(out / "checkpoint" / "state.pt") as temporary:
         try:
@@ -145,7 +146,7 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
         except RuntimeError as error:  # torch's way to say that the disk is full
             raise OSError(str(error)) from error
     with tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
-        model.save_pretrained(folder)  # several files
+        model.save_pretrained(folder, save_embedding_layers=False)  # several files
         (Path(folder) / "README.md").write_text(model_card(s, step, results))
         (out / "adapter").mkdir(exist_ok=True)
         for file in sorted(Path(folder).iterdir()):
