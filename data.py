@@ -6,7 +6,8 @@ Read this file first. It holds
      nothing is downloaded, and there are as many scenes as a run asks for;
   3. the prompt that asks the policy to reason, then to answer with a box and two points.
 
-The readers of RefCOCO and ReasonSeg, and `load_data`, are in plumbing/photos.py.
+How shapes are painted and how queries are found is in plumbing/scenes.py. The readers of RefCOCO
+and ReasonSeg, and `load_data`, are in plumbing/photos.py.
 
 Coordinate frames. The image and the mask of a sample use *image pixels*: x to the right, y down,
 origin at the top left corner. The policy sees the image resized to a square, so its answers use
@@ -15,10 +16,12 @@ origin at the top left corner. The policy sees the image resized to a square, so
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from plumbing.scenes import COLOURS, PLAIN_KINDS, background, draw_shape, noise
+from plumbing.scenes import unambiguous_queries
 
 
 @dataclass
@@ -51,16 +54,18 @@ class BadSample(ValueError):
 # Shapes: drawn scenes
 # --------------------------------------------------------------------------------------------------
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 80, 220),
-    "yellow": (235, 205, 40),
-}
-KINDS = ("circle", "square", "triangle", "star")
 SIZES = ((96, 96), (96, 96), (128, 96), (96, 128))  # W, H in pixels: half the scenes are not square
-MARGIN = 0.06  # "left of", "topmost": the second is at least this share of the image side away
-RATIO = 1.25  # "largest", "smallest": the second's area differs at least by this factor
+SMALL, LARGE = (0.09, 0.2), (0.2, 0.32)  # radius over short side: single shape, cluster
+
+# A cluster is two shapes around one centre. The front shape hides the middle of the back shape, so
+# a box around the back shape does not tell which of the two is meant: its points have to.
+CLUSTER_SHARE = 0.75  # share of scenes with a cluster
+CLUSTERS = {  # share of each sort
+    "inlay": 0.6,  # a diamond on a square with the same box: only four corners of the square show
+    "ring": 0.2,  # a shape in the hole of a ring
+    "covered": 0.2,  # a shape on the middle of a circle or a square
+}
+HARD_SHARE = 0.8  # share of queries about the back shape, in scenes where one can be asked
 
 
 @dataclass
@@ -77,12 +82,22 @@ class Thing:
     def area(self) -> int:
         return int(self.mask.sum())
 
+    @property
+    def box_area(self) -> int:
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+    @property
+    def hard(self) -> bool:
+        """Whether the centre of its box shows something else, so that the points decide."""
+        x, y = self.centre
+        return not self.mask[int(y), int(x)]
+
 
 class Shapes:
     """Drawn scenes of 2 to 5 shapes, each with one unambiguous query about one of them.
 
     Item i depends on (split, seed, i) alone. It is drawn when it is read, and is the same in every
-    run. The splits are "train", "heldout" and "warmup" (which the tiny base model was trained on).
+    run. The splits are "train", "heldout" and "warmup" (which the tiny models were trained on).
     They seed the generator differently, so no scene is in two of them.
     """
 
@@ -111,6 +126,10 @@ class Shapes:
         while True:  # draw again if no query about the scene is unambiguous
             image, things = draw_scene(rng, rng.randint(*self.things))
             queries = unambiguous_queries(things, *image.size)
+            hard = {sort: [q for q in qs if things[q[1]].hard] for sort, qs in queries.items()}
+            hard = {sort: qs for sort, qs in hard.items() if qs}
+            if hard and rng.random() < HARD_SHARE:
+                queries = hard
             if queries:
                 # Choose the sort of query first. Otherwise the common sorts would dominate.
                 sort = rng.choice(sorted(queries))
@@ -119,156 +138,81 @@ class Shapes:
 
 
 def draw_scene(rng: random.Random, count: int) -> tuple[Image.Image, list[Thing]]:
-    """Draw `count` shapes on a shaded, noisy background. Later shapes cover earlier ones."""
+    """Draw `count` shapes on a shaded, noisy background (at least two if there is a cluster).
+
+    Later shapes cover earlier ones. The cluster comes last, so nothing covers it.
+    """
     width, height = rng.choice(SIZES)
-    circles = place_circles(rng, width, height, count)
+    cluster = rng.random() < CLUSTER_SHARE
+    circles = place_circles(rng, width, height, max(1, count - 1) if cluster else count, cluster)
+    single = circles[1:] if cluster else circles
+    shapes = [(rng.choice(PLAIN_KINDS), rng.choice(list(COLOURS)), *circle) for circle in single]
+    if cluster:
+        shapes += cluster_shapes(rng, *circles[0])
     image = Image.fromarray(background(rng, width, height))
-    looks = []  # (kind, colour) of each shape
     owner = np.zeros((height, width), np.uint8)  # number of the visible shape, 0: background
-    for number, (x, y, radius) in enumerate(circles, 1):
-        kind, colour = rng.choice(KINDS), rng.choice(list(COLOURS))
+    for number, (kind, colour, *circle) in enumerate(shapes, 1):
         stencil = Image.new("1", (width, height))
-        draw_shape(ImageDraw.Draw(stencil), kind, x, y, radius)
+        draw_shape(ImageDraw.Draw(stencil), kind, *circle)
         image.paste(COLOURS[colour], mask=stencil)
         owner[np.asarray(stencil)] = number
-        looks.append((kind, colour))
     pixels = np.asarray(image, np.int16) + noise(rng, width, height)
-    things = []
-    for number, (kind, colour) in enumerate(looks, 1):
-        mask = owner == number
-        columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-        things.append(Thing(kind, colour, mask, box, centre))
+    things = [
+        visible_thing(kind, colour, owner == number)
+        for number, (kind, colour, *_) in enumerate(shapes, 1)
+    ]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), things
 
 
 def place_circles(
-    rng: random.Random, width: int, height: int, count: int
+    rng: random.Random, width: int, height: int, count: int, cluster: bool
 ) -> list[tuple[float, float, float]]:
     """Choose centre and radius (x, y, r) of each shape, in pixels, so that all lie in the image.
 
-    In 40 % of the scenes the shapes touch or overlap a little: there a loose box costs mask IoU.
+    With `cluster`, the first one is large and stands apart. Otherwise, in 40 % of the scenes, the
+    shapes touch or overlap a little: there a loose box costs mask IoU.
     """
-    crowded = rng.random() < 0.4
+    crowded = not cluster and rng.random() < 0.4
     nearest = 0.8 if crowded else 1.1  # smallest distance of two centres, in units of the two radii
     placed = []
     while len(placed) < count:
-        radius = rng.uniform(0.09, 0.2) * min(width, height)
+        radius = rng.uniform(*(LARGE if cluster and not placed else SMALL)) * min(width, height)
         if crowded and placed:
             x, y, other = rng.choice(placed)
-            reach, angle = (radius + other) * rng.uniform(0.85, 1.05), rng.uniform(0, 2 * np.pi)
+            reach = (radius + other) * rng.uniform(0.85, 1.05)
+            angle = rng.uniform(0, 2 * np.pi)
             x, y = x + reach * np.cos(angle), y + reach * np.sin(angle)
         else:
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
         inside = radius <= x <= width - radius and radius <= y <= height - radius
-        if inside and all(np.hypot(x - a, y - b) > nearest * (radius + r) for a, b, r in placed):
+        apart = (np.hypot(x - a, y - b) > nearest * (radius + r) for a, b, r in placed)
+        if inside and all(apart):
             placed.append((x, y, radius))
         elif rng.random() < 0.02:  # there may be no room left: start again
             placed = []
     return placed
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float) -> None:
-    """Paint one upright shape at centre (x, y), in pixels.
-
-    radius: of the circumscribed circle; the side of a square is 1.7 times the radius.
-    """
-    if kind == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
-    elif kind == "square":
-        half = 0.85 * radius
-        draw.rectangle((x - half, y - half, x + half, y + half), fill=1)
-    elif kind == "triangle":
-        draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=1)
-    else:  # star: ten corners, outer and inner in turn, the first one at the top
-        corners = [(radius * (0.45 if k % 2 else 1.0), np.pi * (k / 5 - 0.5)) for k in range(10)]
-        draw.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for r, a in corners], fill=1)
+def cluster_shapes(
+    rng: random.Random, x: float, y: float, radius: float
+) -> list[tuple[str, str, float, float, float]]:
+    """The back shape and the front shape of a cluster, each as (kind, colour, x, y, radius)."""
+    back, front = rng.sample(list(COLOURS), 2)
+    sort = rng.choices(list(CLUSTERS), list(CLUSTERS.values()))[0]
+    if sort == "inlay":  # both reach 0.85 * radius from the centre: the same box, to the pixel
+        return [("square", back, x, y, radius), ("diamond", front, x, y, 0.85 * radius)]
+    kind = rng.choice(PLAIN_KINDS)
+    if sort == "ring":
+        return [("ring", back, x, y, radius), (kind, front, x, y, 0.42 * radius)]
+    back_kind = rng.choice(("circle", "square"))
+    return [(back_kind, back, x, y, radius), (kind, front, x, y, 0.5 * radius)]
 
 
-@lru_cache
-def ramps(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """(H, W) ramps from 0 to 1, to the right and downwards."""
-    x = np.linspace(0, 1, width, dtype=np.float32)[None].repeat(height, 0)
-    y = np.linspace(0, 1, height, dtype=np.float32)[:, None].repeat(width, 1)
-    return x, y
-
-
-def background(rng: random.Random, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) uint8. Red fades to the right and blue fades downwards.
-
-    The gradients tell a small vision tower where a patch is. It learns positions in half the time.
-    """
-    x, y = ramps(width, height)
-    light, fall = rng.uniform(235, 250), rng.uniform(90, 120)
-    channels = (light - fall * x, np.full_like(x, light - rng.uniform(20, 45)), light - fall * y)
-    return np.stack(channels, -1).astype(np.uint8)
-
-
-def noise(rng: random.Random, width: int, height: int) -> np.ndarray:
-    """(H, W, 1) int16 in -6..6, the same in all channels."""
-    raw = np.frombuffer(rng.randbytes(width * height), np.uint8).reshape(height, width, 1)
-    return raw.astype(np.int16) % 13 - 6
-
-
-def unambiguous_queries(
-    things: list[Thing], width: int, height: int
-) -> dict[str, list[tuple[str, int]]]:
-    """All queries that fit exactly one thing: {sort of query: [(query, index of the thing), ...]}.
-
-    Sorts: "look" (the red star), "only" (the only star), "size" (the largest circle),
-    "edge" (the leftmost shape), "relation" (the shape left of the blue square).
-    """
-    found = {}
-
-    def add(sort: str, query: str, index: int) -> None:
-        found.setdefault(sort, []).append((query, index))
-
-    def family(kind: str | None, colour: str | None) -> list[int]:
-        same = [kind in (None, t.kind) and colour in (None, t.colour) for t in things]
-        return [i for i, fits in enumerate(same) if fits]
-
-    for kind in KINDS:
-        for colour in COLOURS:
-            if len(members := family(kind, colour)) == 1:
-                add("look", f"the {colour} {kind}", members[0])
-
-    families = [("shape", family(None, None))]
-    families += [(kind, family(kind, None)) for kind in KINDS]
-    families += [(f"{colour} shape", family(None, colour)) for colour in COLOURS]
-    for name, members in families:
-        if len(members) == 1:
-            add("only", f"the only {name}", members[0])
-        if len(members) < 2:
-            continue
-        by_size = sorted(members, key=lambda i: things[i].area)
-        if things[by_size[-1]].area >= RATIO * things[by_size[-2]].area:
-            add("size", f"the largest {name}", by_size[-1])
-        if RATIO * things[by_size[0]].area <= things[by_size[1]].area:
-            add("size", f"the smallest {name}", by_size[0])
-
-    if len(things) > 1:
-        words = ("leftmost", "left of", "rightmost", "right of")
-        add_positions(things, 0, width, words, family, add)
-        add_positions(things, 1, height, ("topmost", "above", "bottommost", "below"), family, add)
-    return found
-
-
-def add_positions(things, axis: int, side: int, words: tuple[str, ...], family, add) -> None:
-    """Add the "edge" and "relation" queries along one axis (0: x, 1: y; its `side` in pixels)."""
-    place = [thing.centre[axis] for thing in things]
-    order = sorted(range(len(things)), key=place.__getitem__)
-    for (end, second, *_), edge, relation in ((order, *words[:2]), (order[::-1], *words[2:])):
-        if abs(place[second] - place[end]) <= MARGIN * side:
-            continue
-        add("edge", f"the {edge} shape", end)
-        # All others lie beyond `second`, so exactly one shape is "left of" it. Ask only if each of
-        # the others is clearly on its side of `second`, and if `second` is easy to name.
-        others = [i for i in order if i != second]
-        clear = all(abs(place[i] - place[second]) > MARGIN * side for i in others)
-        kind, colour = things[second].kind, things[second].colour
-        if clear and len(family(kind, colour)) == 1:
-            add("relation", f"the shape {relation} the {colour} {kind}", end)
+def visible_thing(kind: str, colour: str, mask: np.ndarray) -> Thing:
+    """The thing whose visible pixels are `mask`, (H, W) bool."""
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return Thing(kind, colour, mask, box, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
 
 
 # --------------------------------------------------------------------------------------------------

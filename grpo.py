@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, StaticCache
 
 from plumbing.vlm import Prompts, base, record_graph
@@ -377,6 +376,28 @@ def may_attend(segments: torch.Tensor) -> torch.Tensor:
     # end of exercise 9
 
 
+def head_logprobs(
+    lm_head: torch.nn.Module,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float,
+    banned: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs` of tokens (N,) that are predicted from hidden states (N, width).
+
+    The lm_head is frozen, so the backward pass needs one thing: the gradient of each log-prob with
+    respect to its hidden state, (N, width). It is computed here, while the logits exist. So the
+    (N, V) logits are neither kept nor computed again.
+    """
+    leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+    logprobs, entropy = token_logprobs(lm_head(leaf), tokens, temperature, banned)
+    if hidden.requires_grad:
+        (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+        zero = (hidden - hidden.detach()).float()  # changes no value, and carries the gradient
+        logprobs = logprobs.detach() + (gradient * zero).sum(-1)
+    return logprobs, entropy
+
+
 # Logits that are computed together. With V = 151,936 these are 256 positions, and the logits of all
 # positions would be the largest tensor of the whole step.
 LOGITS_AT_ONCE = 39_000_000
@@ -396,8 +417,8 @@ def group_logprobs(
     equal to G separate ones. The attention mask lets a completion see the prompt and itself, but no
     other completion. And the positions of each completion start again after the prompt.
 
-    Only the completions' positions go through the lm_head: `chunk` at a time (default: as
-    LOGITS_AT_ONCE allows), and they are recomputed in the backward pass.
+    Only the completions' positions go through the lm_head, `chunk` at a time (default: as
+    LOGITS_AT_ONCE allows).
 
     The model needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """
@@ -414,15 +435,9 @@ def group_logprobs(
     ).last_hidden_state
     hidden = hidden.flatten(0, 1)[sources]  # (N, width) for N completion tokens
 
-    def head(h: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_logprobs(vlm.lm_head(h), tokens, temperature, banned)
-
     chunk = chunk or max(1, LOGITS_AT_ONCE // vlm.lm_head.weight.shape[0])
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    if torch.is_grad_enabled():
-        results = [checkpoint(head, h, tokens, use_reentrant=False) for h, tokens in pieces]
-    else:
-        results = [head(h, tokens) for h, tokens in pieces]
+    results = [head_logprobs(vlm.lm_head, h, t, temperature, banned) for h, t in pieces]
     logprobs, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
     mask = completions.mask.to(vlm.device, non_blocking=True)
     zeros = torch.zeros(mask.shape, device=vlm.device)

@@ -21,23 +21,22 @@ any text, and no reward is NaN. Errors of our own code are never caught: a bug i
 look like a bug, not like a bad policy.
 """
 
-import json
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from segment_anything.modeling import Sam
+from torchvision.ops import box_iou, masks_to_boxes
 
+from plumbing.answers import find_block, json_object, numbers
 from plumbing.sam import embed_prompts, sam_input, upsample_masks
+from plumbing.scenes import interior_points
 
 # --------------------------------------------------------------------------------------------------
 # Text to numbers
 # --------------------------------------------------------------------------------------------------
-
-LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
-LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
-
 
 class Answer(NamedTuple):
     """What a completion says. Coordinates as written: policy pixels, or thousandths."""
@@ -54,7 +53,7 @@ def parse_answer(text: str) -> Answer:
 
     Each part is judged separately: SAM gets a valid box even if a point or the thought is missing.
     Accepted are any white space and key order, whole and decimal numbers, single quotes, and a
-    ```json fence. `_block`, `_json_object` and `_numbers`, below, read the pieces.
+    ```json fence. The helpers are in plumbing/answers.py.
 
     >>> text = '<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>'
     >>> answer = parse_answer(text)
@@ -62,13 +61,13 @@ def parse_answer(text: str) -> Answer:
     (True, False, (1.0, 2.0, 5.5, 6.0), ((3.0, 4.0),), 'the red one')
     """
     # exercise 1: read an answer and judge its two formats
-    think = _block(text, "<think>", "</think>")
-    answer = _block(text, "<answer>", "</answer>")
-    data = _json_object(answer.inside) if answer else {}
-    box = _numbers(data.get("bbox"), 4)
+    think = find_block(text, "<think>", "</think>")
+    answer = find_block(text, "<answer>", "</answer>")
+    data = json_object(answer.inside) if answer else {}
+    box = numbers(data.get("bbox"), 4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
         box = None  # SAM would draw a plausible mask for swapped corners, so do not prompt it
-    points = tuple(p for key in ("points_1", "points_2") if (p := _numbers(data.get(key), 2)))
+    points = tuple(p for key in ("points_1", "points_2") if (p := numbers(data.get(key), 2)))
     thought = think.inside.strip() if think else ""
     think_format = False
     if thought and answer:
@@ -76,41 +75,6 @@ def parse_answer(text: str) -> Answer:
         think_format = not (think.before + between + answer.after).strip()
     return Answer(think_format, box is not None and len(points) == 2, box, points, thought)
     # end of exercise 1
-
-
-_Block = NamedTuple("_Block", [("before", str), ("inside", str), ("after", str)])
-
-
-def _block(text: str, opening: str, closing: str) -> _Block | None:
-    """Split a text at a pair of tags. None unless each tag occurs exactly once, in this order."""
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    before, _, rest = text.partition(opening)
-    inside, found, after = rest.partition(closing)
-    return _Block(before, inside, after) if found else None
-
-
-def _json_object(text: str) -> dict:
-    """The JSON object in a text, or {} if the text is anything else."""
-    if len(text) > LONGEST_ANSWER:
-        return {}
-    text = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
-    for attempt in (text, text.replace("'", '"')):
-        try:
-            data = json.loads(attempt)
-        except (ValueError, RecursionError):  # not JSON, or nested deeper than Python's stack
-            continue
-        return data if isinstance(data, dict) else {}
-    return {}
-
-
-def _numbers(value: object, count: int) -> tuple[float, ...] | None:
-    """`value` as floats if it is a list of `count` finite numbers, else None. True is no number."""
-    if not isinstance(value, list) or len(value) != count:
-        return None
-    if not all(type(v) in (int, float) and abs(v) <= LARGEST_NUMBER for v in value):
-        return None
-    return tuple(map(float, value))
 
 
 class SamPrompt(NamedTuple):
@@ -330,7 +294,7 @@ class SamScorer:
 
 # The paper's accuracy reward: an IoU above the first number earns the second.
 TIERS = ((0.5, 2.0), (0.7, 3.0), (0.8, 4.0))
-ACCURACY_REWARDS = ("tiered", "0.5", "0.7", "0.8", "iou")
+ACCURACY_REWARDS = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
 
 
 def tiered_reward(iou: torch.Tensor) -> torch.Tensor:
@@ -362,6 +326,63 @@ def accuracy_reward(iou: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "iou":
         return 4.0 * iou
     return 4.0 * (iou > float(kind)).float()
+
+
+# Two rewards to compare the paper's with. Neither asks SAM.
+
+
+def true_box(mask: np.ndarray) -> tuple[float, ...] | None:
+    """The tightest box x1, y1, x2, y2 around a mask (H, W), image pixels, x2 and y2 exclusive."""
+    if not mask.any():
+        return None
+    x1, y1, x2, y2 = masks_to_boxes(torch.from_numpy(mask)[None])[0].tolist()
+    return (x1, y1, x2 + 1, y2 + 1)
+
+
+def box_ious(samples: list, prompts: list[list[SamPrompt]]) -> torch.Tensor:
+    """IoU (B, G) of the box of each prompt with the true box, 0 where one of them is missing.
+
+    "box" is the paper's tiers on this IoU: a reward that never looks at a mask.
+    """
+    none = (0.0, 0.0, 0.0, 0.0)
+    rows = []
+    for sample, group in zip(samples, prompts, strict=True):
+        boxes = torch.tensor([prompt.box or none for prompt in group], dtype=torch.float64)
+        truth = torch.tensor([true_box(sample.mask) or none], dtype=torch.float64)
+        rows.append(box_iou(boxes, truth)[:, 0].nan_to_num())
+    return torch.stack(rows).float()
+
+
+def segzero_reward(samples: list, prompts: list[list[SamPrompt]], frame: float, in_mask: bool):
+    """Seg-Zero's reward (arXiv 2503.06520) for boxes and points, (B, G), 4/3 for each of three:
+
+    box IoU above 0.5; mean L1 distance of the box's coordinates below 10 pixels; both points in the
+    true box and, on average, within 100 pixels of two labelled points. Pixels are those of an
+    840 x 840 image. A smaller policy image (frame) is coarser: there the 10 are two of its pixels.
+
+    The labelled points are `interior_points` of the true mask. in_mask: a stronger label, each
+    point must lie in the true mask.
+    """
+    reward = (box_ious(samples, prompts) > 0.5).float()
+    for b, (sample, group) in enumerate(zip(samples, prompts, strict=True)):
+        scale = 840 / np.array(sample.image.size)  # (2,), image pixels to those of 840 x 840
+        truth, labels = true_box(sample.mask), np.array(interior_points(sample.mask))
+        for g, prompt in enumerate(group):
+            if truth is None or prompt.box is None:
+                continue
+            distance = np.abs(np.subtract(prompt.box, truth)) * np.tile(scale, 2)
+            reward[b, g] += bool(distance.mean() < max(10, 2 * 840 / frame))
+            points = np.array(prompt.points)
+            if len(points) < 2:
+                continue
+            if in_mask:
+                x, y = np.minimum(points, np.array(sample.image.size) - 1).astype(int).T
+                reward[b, g] += bool(sample.mask[y, x].all())
+                continue
+            inside = (points >= truth[:2]).all() and (points <= truth[2:]).all()
+            far = [np.linalg.norm((points - two) * scale, axis=1) for two in (labels, labels[::-1])]
+            reward[b, g] += bool(inside and min(d.mean() for d in far) < 100)
+    return reward * 4 / 3
 
 
 class Scores(NamedTuple):
@@ -396,7 +417,12 @@ def score_completions(
     ]
     overlap = scorer.score(samples, prompts, keep_masks)
     iou = torch.where(overlap.prompted, overlap.iou, 0.0).cpu()  # here the host waits for the GPU
-    earned = accuracy_reward(iou, accuracy)
+    if accuracy == "box":
+        earned = tiered_reward(box_ious(samples, prompts))
+    elif accuracy.startswith("segzero"):
+        earned = segzero_reward(samples, prompts, frame, in_mask=accuracy == "segzero_mask")
+    else:
+        earned = accuracy_reward(iou, accuracy)
     think_format = torch.tensor([[float(a.think_format) for a in group] for group in answers])
     answer_format = torch.tensor([[float(a.answer_format) for a in group] for group in answers])
     reward = earned + think_format + answer_format

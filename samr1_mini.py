@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torchvision.ops import box_iou, masks_to_boxes
 from tqdm import tqdm
 
 from data import BadSample, Sample
@@ -41,9 +40,11 @@ from plumbing import pictures, runs
 from plumbing.command_line import exit_on_error
 from plumbing.photos import load_data, paper_results, read_picture
 from plumbing.sam import load_sam
+from plumbing.scenes import interior_points, points_inside
 from plumbing.settings import EvalSettings, SegmentSettings, Settings, parse_settings
 from plumbing.vlm import Policy, Prompts, load_vlm
-from reward import SamPrompt, SamScorer, parse_answer, sam_prompt, score_completions
+from reward import SamPrompt, SamScorer, box_ious, parse_answer, sam_prompt, score_completions
+from reward import true_box
 
 # --------------------------------------------------------------------------------------------------
 # The policy
@@ -198,6 +199,16 @@ def logprobs(policy: Policy, prompts: Prompts, completions: Completions, s: Sett
     return group_logprobs(policy.model, prompts, completions, policy.banned, s.temperature)
 
 
+def passes(s: Settings) -> list[list[slice]]:
+    """For each mini-batch of a step, the slices of prompts that go through the model together.
+
+    All log-probs are computed in these same passes. So the first update's ratio is exactly 1.
+    """
+    size = s.prompts_per_step // s.minibatches
+    starts = range(0, s.prompts_per_step, size)
+    return [slices(start, start + size, s.prompts_per_pass) for start in starts]
+
+
 @torch.no_grad()
 def fixed_logprobs(policy: Policy, prompts: Prompts, completions: Completions, s: Settings):
     """Log-probs under the policy that sampled, and under the reference, (B, G, T) each.
@@ -206,7 +217,7 @@ def fixed_logprobs(policy: Policy, prompts: Prompts, completions: Completions, s
     the base model with the adapter switched off, is None if beta is 0.
     """
     old, reference = [], []
-    for rows in slices(0, len(prompts), s.prompts_per_pass):
+    for rows in sum(passes(s), []):
         part = (policy, prompts[rows], completions[rows], s)
         if s.beta > 0:
             with policy.model.disable_adapter():
@@ -224,12 +235,11 @@ def update(policy, optimizer, prompts, completions, advantages, old, reference, 
     policy.model.train()  # only for gradient checkpointing: there is no dropout
     mask, advantages = completions.mask.to(policy.device), advantages.to(policy.device)
     clipped = torch.zeros(mask.shape, dtype=torch.int32, device=policy.device)
-    size = s.prompts_per_step // s.minibatches  # prompts in a mini-batch
     clip = (s.eps_low, s.eps_high)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     log, norms = [], []
-    for minibatch in slices(0, len(prompts), size) * s.epochs:
-        for rows in slices(minibatch.start, minibatch.stop, s.prompts_per_pass):
+    for minibatch in passes(s) * s.epochs:
+        for rows in minibatch:
             new, entropy = logprobs(policy, prompts[rows], completions[rows], s)  # (b, G, T)
             # With one update a step the policy has not changed since the rollout: old is new.
             before = new.detach() if old is None else old[rows]
@@ -237,7 +247,7 @@ def update(policy, optimizer, prompts, completions, advantages, old, reference, 
             group = (advantages[rows], mask[rows])
             loss, statistics = grpo_loss(new, before, anchor, *group, *clip, s.beta, s.normalise)
             # The loss is a mean over this pass. Weight it by the pass's share of the mini-batch.
-            share = (rows.stop - rows.start) / size
+            share = (rows.stop - rows.start) * s.minibatches / s.prompts_per_step
             (loss * share).backward()
             statistics["entropy"] = entropy.sum() / mask[rows].sum()
             log.append({name: value * share for name, value in statistics.items()})
@@ -272,18 +282,11 @@ def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metri
 # --------------------------------------------------------------------------------------------------
 
 
-def true_box(mask: np.ndarray) -> tuple[float, ...] | None:
-    """The tightest box x1, y1, x2, y2 around a mask (H, W), image pixels, x2 and y2 exclusive."""
-    if not mask.any():
-        return None
-    x1, y1, x2, y2 = masks_to_boxes(torch.from_numpy(mask)[None])[0].tolist()
-    return (x1, y1, x2 + 1, y2 + 1)
-
-
 def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) -> list[dict]:
     """Greedy answers to a batch and their overlap with the truth, one row for each sample.
 
-    Columns that begin with "ceiling_" are SAM prompted with the true box. Boxes and points are in
+    Columns that begin with "ceiling_" are SAM with the true box and two good points as its prompt,
+    those with "boxonly_" SAM with the policy's box but without its points. Boxes and points are in
     image pixels, intersection and union in pixels.
     """
     completions = sample_completions(policy, policy.read(batch), s, greedy=True)
@@ -291,18 +294,19 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
     answers = [parse_answer(text) for text in texts]
     sizes = [one.image.size for one in batch]
     ours = [sam_prompt(a, policy.frame, *size) for a, size in zip(answers, sizes, strict=True)]
-    truths = [SamPrompt(true_box(one.mask), ()) for one in batch]
-    overlap = scorer.score(batch, [list(pair) for pair in zip(ours, truths, strict=True)])
+    truths = [SamPrompt(true_box(one.mask), interior_points(one.mask)) for one in batch]
+    boxes = [SamPrompt(prompt.box, ()) for prompt in ours]
+    overlap = scorer.score(batch, [list(three) for three in zip(ours, truths, boxes, strict=True)])
+    ious = box_ious(batch, [[prompt] for prompt in ours])[:, 0].tolist()
     rows = []
     for b, (one, answer, prompt) in enumerate(zip(batch, answers, ours, strict=True)):
         row = {"id": one.id, "query": one.query, "answer": texts[b]}
-        row |= {"box": prompt.box, "points": prompt.points, "box_iou": 0.0}
+        row |= {"box": prompt.box, "points": prompt.points, "box_iou": ious[b]}
         row["format"] = answer.think_format and answer.answer_format
-        if prompt.box and truths[b].box:
-            boxes = torch.tensor([[prompt.box], [truths[b].box]], dtype=torch.float64)
-            row["box_iou"] = box_iou(*boxes).item()
+        row["points_inside"] = points_inside(prompt.points, one.mask)
         for name in ("intersection", "union", "iou"):
-            row[name], row[f"ceiling_{name}"] = getattr(overlap, name)[b].tolist()
+            for k, prefix in enumerate(("", "ceiling_", "boxonly_")):
+                row[prefix + name] = getattr(overlap, name)[b, k].item()
         rows.append(row)
     return rows
 
@@ -337,12 +341,15 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
     """The paper's metrics over the rows of `evaluate`; with prefix "ceiling_" those of the ceiling.
 
     giou: mean IoU of the samples. ciou: summed intersection / summed union. format: share of valid
-    answers. box: share of boxes with IoU above 0.5.
+    answers. box: share of boxes with IoU above 0.5. points: share of points in the true mask.
+    boxonly: mean IoU of the masks that SAM makes of the box without the points.
 
     >>> row = {"iou": 0.5, "intersection": 10, "union": 20, "format": True, "box_iou": 0.6}
-    >>> other = {"iou": 0.1, "intersection": 10, "union": 100, "format": False, "box_iou": 0.5}
-    >>> compute_metrics([row, other, {"skipped": "no such file"}])
-    {'giou': 0.3, 'ciou': 0.16666666666666666, 'format': 0.5, 'box': 0.5, 'n': 2}
+    >>> row |= {"points_inside": 0.5, "boxonly_iou": 0.2}
+    >>> other = row | {"iou": 0.1, "union": 100, "format": False, "box_iou": 0.5}
+    >>> compute_metrics([row, other, {"skipped": "no such file"}])  # doctest: +NORMALIZE_WHITESPACE
+    {'giou': 0.3, 'ciou': 0.16666666666666666, 'format': 0.5, 'box': 0.5, 'points': 0.5,
+     'boxonly': 0.2, 'n': 2}
     """
     rows = [row for row in rows if "skipped" not in row]
     n, union = max(len(rows), 1), sum(row[prefix + "union"] for row in rows)
@@ -351,6 +358,8 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
     if not prefix:
         result["format"] = sum(row["format"] for row in rows) / n
         result["box"] = sum(row["box_iou"] > 0.5 for row in rows) / n
+        result["points"] = sum(row["points_inside"] for row in rows) / n
+        result["boxonly"] = sum(row["boxonly_iou"] for row in rows) / n
     return result | {"n": len(rows)}
 
 

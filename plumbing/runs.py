@@ -332,6 +332,7 @@ def describe(scores, completions, end: torch.Tensor) -> dict[str, float]:
 def print_table(results: dict, metrics: list[dict], out: Path) -> None:
     """Print the metrics of a run side by side, and how reward and IoU changed."""
     columns = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5"}
+    columns |= {"points": "points", "boxonly": "box only"}
     print(f"\n{'':12}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
     for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # it is last
         cells = (f"{row[c]:9.3f}" if c in row else f"{'-':>9}" for c in columns)

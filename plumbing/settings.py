@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from plumbing.command_line import parse, setting
 
 PRESETS = ("tiny", "qwen3b", "qwen7b")
-ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou")  # see `reward.accuracy_reward`
+# See `reward.accuracy_reward`, `reward.box_ious` and `reward.segzero_reward`.
+ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
 
 
 @dataclass
@@ -60,7 +61,8 @@ class Rollouts:
     top_p: float = setting(1.0, "nucleus sampling, 1 is off. *Assumed*")
     accuracy: str = setting(
         "tiered",
-        "accuracy reward: tiered (paper), 4 above a fixed IoU, or 4 x the IoU (Table 3)",
+        "accuracy reward: tiered (paper), 4 above a fixed IoU, or 4 x the IoU (Table 3); also, "
+        "without SAM: tiers on the box's IoU, or Seg-Zero's reward, which has labels for points",
         ACCURACY,
     )
 
