@@ -96,8 +96,8 @@ class Thing:
 class Shapes:
     """Drawn scenes of 2 to 5 shapes, each with one unambiguous query about one of them.
 
-    Item i depends on (split, seed, i) alone. It is drawn when it is read, and is the same in every
-    run. The splits are "train", "heldout" and "warmup" (which the tiny models were trained on).
+    Item i depends on (split, seed, things, i) alone. It is drawn when it is read, and is the same
+    in every run. The splits are "train", "heldout" and "warmup" (for training the tiny models).
     They seed the generator differently, so no scene is in two of them.
     """
 
@@ -131,9 +131,9 @@ class Shapes:
             if hard and rng.random() < HARD_SHARE:
                 queries = hard
             if queries:
-                # Choose the sort of query first. Otherwise the common sorts would dominate.
-                sort = rng.choice(sorted(queries))
-                query, target = rng.choice(queries[sort])
+                # Choose the kind of query first. Otherwise the common kinds would dominate.
+                kind = rng.choice(sorted(queries))
+                query, target = rng.choice(queries[kind])
                 return image, things, query, target
 
 
@@ -188,7 +188,7 @@ def place_circles(
         apart = (np.hypot(x - a, y - b) > nearest * (radius + r) for a, b, r in placed)
         if inside and all(apart):
             placed.append((x, y, radius))
-        elif rng.random() < 0.02:  # there may be no room left: start again
+        elif rng.random() < 0.02:  # about every 50 failures: there may be no room left
             placed = []
     return placed
 

@@ -7,6 +7,9 @@ to its probability when it was sampled:
     J = 1 / sum_i |o_i| * sum_i sum_t [ min( s_it A_i, clip(s_it, 1 - eps_low, 1 + eps_high) A_i )
                                         - beta KL_it ]
 
+pi is the policy as it is now, pi_old the policy when it sampled, and KL_it an estimate of how far
+pi is from the reference, the base model, at this token. eps and beta are settings.
+
 The first half of the file is the mathematics: tensors in, tensors out, no model. The second half
 runs the model: `rollout` (sampling), `group_logprobs` (log-probs in one packed row per prompt).
 
@@ -17,10 +20,10 @@ Where this departs from the paper, or from common practice:
   3. Vision tokens are never sampled: a sampled <|image_pad|> would ask for image features that do
      not exist. They are masked in every log-prob too, so that policy, old policy and reference are
      distributions over the same tokens.
-  4. The prompt goes through the language model once a pass, not G times. Log-probs and gradients
+  4. The prompt goes through the language model once per pass, not G times. Log-probs and gradients
      are the same.
 
-Sizes: B prompts, G completions each, T tokens of the longest completion, P tokens of the prompt,
+Sizes: B prompts, G completions each, T sampled positions, P tokens of the prompt,
 L tokens of a packed row, V tokens in the vocabulary.
 """
 
@@ -41,15 +44,16 @@ from plumbing.vlm import Prompts, base, record_graph
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """A_i = (r_i - mean) / (std + eps) within each group. rewards: (..., G) -> (..., G).
 
-    The mean of the group is the baseline, so no critic is needed. If all rewards of a group are
-    equal, its advantages are exactly 0.
+    The mean of the group is the baseline, so no critic is needed. G is at least 2. If all rewards
+    of a group are equal, its advantages are exactly 0.
 
     >>> group_advantages(torch.tensor([[6.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]]))
     tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     # exercise 5: advantages within a group
-    # Subtract one reward first: the mean of equal numbers can differ from them by rounding.
+    # Subtract the group's first reward, so that equal rewards become exact zeros. Otherwise their
+    # mean can differ from them by rounding, and eps makes small advantages of that.
     rewards = rewards - rewards[..., :1]
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
     # end of exercise 5
@@ -130,7 +134,7 @@ def grpo_loss(
     ratio = (logprobs - old).exp()  # (B, G, T)
     advantage = advantages[..., None]  # (B, G, 1)
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
-    surrogate = torch.min(ratio * advantage, clipped * advantage)
+    surrogate = torch.min(ratio * advantage, clipped * advantage)  # see `clip_side`
     kl = k3_kl(logprobs, reference) if beta > 0 else torch.zeros_like(surrogate)
     value = (surrogate - beta * kl) * mask  # (B, G, T)
     if normalise == "token":
@@ -227,8 +231,8 @@ def rollout(
 
     end: (E,) tokens that end a completion. banned: tokens that are never sampled.
 
-    If token 9 ends a completion, and 5 9 is sampled for the first of two rows and 7 7 7 for the
-    second, then ids are [[5, 9, any], [7, 7, 7]] and mask is [[1, 1, 0], [1, 1, 1]].
+    Let 9 be the end. If row 1 samples tokens 5, 9 and row 2 samples 7, 7, 7, then ids are
+    [[5, 9, any], [7, 7, 7]] and mask is [[1, 1, 0], [1, 1, 1]].
     """
     decoder, logits = prefill(base(model), prompts, G, max_new_tokens)  # logits (B * G, V)
     # exercise 8: the sampling loop
@@ -239,9 +243,9 @@ def rollout(
         tokens.append(torch.where(finished, end[0], token))  # finished rows go on, but do not count
         mask.append(~finished)
         finished = finished | torch.isin(token, end)
-        # On a GPU this question makes the host wait, so ask it only every 16 tokens.
-        ask = logits.device.type == "cpu" or t % 16 == 15
-        if t + 1 == max_new_tokens or (ask and finished.all()):
+        # finished.all() makes the CPU wait for the GPU, so look only every 16 tokens there.
+        look = logits.device.type == "cpu" or t % 16 == 15
+        if t + 1 == max_new_tokens or (look and finished.all()):
             break
         logits = decoder.step(tokens[-1])
     # end of exercise 8: leaves tokens and mask, lists with one tensor (B * G,) for each step
@@ -266,8 +270,8 @@ def prefill(vlm, prompts: Prompts, G: int, max_new_tokens: int) -> tuple["Decode
 class Decoder:
     """Computes the logits of the next token for N = B x G rows, one step after the other.
 
-    Keys and values are in a cache of the final length. A mask marks the slots that are written. So
-    every tensor of a step keeps its shape and its address, and nothing is copied as rows grow.
+    Keys and values are in a cache of the final length, and a mask marks the slots that are written.
+    So every tensor of a step keeps its shape and its address, as a CUDA graph needs it.
     """
 
     def __init__(self, vlm, prefilled: Cache, prompts: Prompts, G: int, max_new_tokens: int):
@@ -282,7 +286,7 @@ class Decoder:
         self.positions = last.expand(3, -1)[..., None].contiguous().to(device)  # (3, N, 1)
         self.token = torch.zeros(B * G, 1, dtype=torch.int64, device=device)
         self.replay = record_graph(self.forward) if device.type == "cuda" else None
-        for layer in self.cache.layers:  # discard what the recording wrote
+        for layer in self.cache.layers:  # where to write next: the recording has moved it
             layer.cumulative_length.fill_(P)
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
@@ -331,7 +335,7 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
     """
     # exercise 9: rows, positions and segments
     B, G, T = completions.ids.shape
-    step = torch.arange(T).expand(G, T)
+    place = torch.arange(T).expand(G, T)
     number = torch.arange(1, G + 1)[:, None].expand(G, T)
     rows, positions, segments, sources = [], [], [], []
     for b in range(B):
@@ -339,12 +343,12 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
         prompt = prompts.ids[b][prompts.mask[b]]
         prompt_positions = prompts.positions[:, b][:, prompts.mask[b]]  # (3, P)
         P = len(prompt)
-        after = prompt_positions.max() + 1 + step[keep]
+        after = prompt_positions.max() + 1 + place[keep]
         rows.append(torch.cat([prompt, completions.ids[b][keep]]))
         positions.append(torch.cat([prompt_positions, after.expand(3, -1)], 1).T)
         segments.append(torch.cat([torch.zeros_like(prompt), number[keep]]))
         before = torch.arange(P - 1, len(rows[-1]) - 1)
-        sources.append(torch.where(step[keep] == 0, P - 1, before))
+        sources.append(torch.where(place[keep] == 0, P - 1, before))
     L = max(map(len, rows))
     return (
         pad_sequence(rows, batch_first=True),
@@ -359,8 +363,8 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
 def may_attend(segments: torch.Tensor) -> torch.Tensor:
     """The attention mask of packed rows: (B, L) -> (B, L, L) bool, may this query see that key?
 
-    Padding sees itself and the prompt, because attention over nothing would be NaN. A prompt and
-    two completions, two tokens each:
+    Every token sees itself: attention over nothing would be NaN. A prompt and two completions, two
+    tokens each:
 
     >>> may_attend(torch.tensor([[0, 0, 1, 1, 2, 2]])).int()
     tensor([[[1, 0, 0, 0, 0, 0],

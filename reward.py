@@ -4,7 +4,7 @@ A completion earns three rewards, which are added (the paper's reward functions)
 
     accuracy        SAM turns its box and points into a mask. The IoU of that mask with the true one
                     falls into tiers: 4, 3, 2 or 0
-    think format    1 if it reasons in one well-formed <think> block before one <answer> block
+    think format    1 if it is one <think> block with text, one <answer> block, and nothing else
     answer format   1 if the answer is JSON that holds a box and two points
 
 The file follows the data: `parse_answer`, `sam_prompt`, `SamScorer` (prompts to masks to IoU, for
@@ -12,8 +12,8 @@ all images and completions of a step at once), `accuracy_reward`, `score_complet
 
 Where this departs from the paper:
   1. The segmenter is SAM 1 (`segment_anything`); the paper uses SAM2-Large.
-  2. A violated format costs its point and nothing more. *Assumed*: the paper has a penalty and does
-     not give its size. Within a group only the difference to a right format counts.
+  2. A violated format earns 0, a right one 1. *Assumed*: the paper has a penalty and does not give
+     its size. Advantages subtract the mean of a group, so 1 and 0 have the same effect as 0 and -1.
   3. The JSON keys and the number of points follow Seg-Zero. *Assumed*: not stated in the paper.
 
 A completion is text from a model in training, so it can be anything. Nothing in this file raises on
@@ -66,7 +66,7 @@ def parse_answer(text: str) -> Answer:
     data = json_object(answer.inside) if answer else {}
     box = numbers(data.get("bbox"), 4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
-        box = None  # SAM would draw a plausible mask for swapped corners, so do not prompt it
+        box = None  # swapped corners: SAM would still draw a plausible mask of it
     points = tuple(p for key in ("points_1", "points_2") if (p := numbers(data.get(key), 2)))
     thought = think.inside.strip() if think else ""
     think_format = False
@@ -129,9 +129,11 @@ def decode_masks(
     Returns mask logits (N, 4, 4h, 4w) and the decoder's own estimates of their IoU (N, 4). Mask 0
     is the single-mask output; masks 1 to 3 are the three candidates for an ambiguous prompt.
 
-    `MaskDecoder` takes one image a call. It repeats that image's embedding for every prompt and
-    adds the prompt's dense embedding. Only the sum counts. So pass zeros as the image embedding and
-    add each image's embedding to its prompt's dense embedding.
+    SAM embeds a prompt as two tensors: sparse (tokens of the box and the points) and dense (a map
+    of a mask prompt; we give none, so it is the learned `no_mask` vector everywhere). `MaskDecoder`
+    takes one image per call: it repeats that image's embedding for every prompt and adds the dense
+    embedding. Only the sum counts. So pass zeros as the image embedding and add each image's
+    embedding to its prompt's dense embedding.
     """
     # exercise 2: prompts on B images in one call of the decoder
     no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
@@ -205,8 +207,8 @@ class SamScorer:
         self.device, self.encoder_batch, self.offload = torch.device(device), encoder_batch, offload
         self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)
         self.side = sam.image_encoder.img_size
-        # Prompts a decoder call, by the bytes of their dense embeddings: 16 of an official SAM on a
-        # GPU. On a CPU 4: glibc maps each block above 32 MiB anew, which is slow.
+        # Prompts per decoder call, by the bytes of their dense embeddings: 16 of an official SAM on
+        # a GPU. On a CPU 4: glibc maps each block above 32 MiB anew, which is slow.
         grid = math.prod(sam.prompt_encoder.image_embedding_size)
         budget = 2**24 if self.device.type == "cpu" else 2**26  # bytes
         self.decoder_batch = max(1, budget // (4 * sam.prompt_encoder.embed_dim * grid))
@@ -247,7 +249,7 @@ class SamScorer:
         for start in range(0, len(images), self.encoder_batch):
             batch = pixels[start : start + self.encoder_batch]
             batch = torch.stack([self.sam.preprocess(self._to_device(p)) for p in batch])
-            # Only the encoder runs in bfloat16 (IoU moves by 0.0007 on average), not the decoder.
+            # Only the encoder runs in bfloat16, not the decoder.
             with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
                 embeddings.append(self.sam.image_encoder(batch).float())
         return torch.cat(embeddings), torch.stack(factors), [tuple(p.shape[1:]) for p in pixels]
@@ -277,7 +279,7 @@ class SamScorer:
                     points = self._to_device((points * factor[:, None]).float())
                 image_index = self._to_device(image)
                 logits, rating = decode_masks(self.sam, embeddings, image_index, boxes, points)
-                winner = rating[:, 1:].argmax(1) + 1  # mask 0 is not one of the three
+                winner = rating[:, 1:].argmax(1) + 1  # one of masks 1 to 3
                 each = torch.arange(len(index), device=self.device)
                 best[self._to_device(index)] = logits[each, winner]
         prompted = torch.ones(len(prompts), dtype=torch.bool)

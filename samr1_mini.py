@@ -123,7 +123,7 @@ def train(s: Settings) -> None:
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
     unwritten = f"--out {out} cannot be written (make room, then --resume)"
     first, results = 0, {}
-    if s.resume:
+    if s.resume:  # a resumed run has its first evaluation already
         with exit_on_error(f"--resume {out}"):
             first, results = runs.load_checkpoint(out, policy.model, optimizer, generator)
     with exit_on_error(f"--out {out}"):
@@ -147,7 +147,7 @@ def train(s: Settings) -> None:
         timer.end("rollout")
 
         # 2. Reward: answer -> SAM -> mask -> IoU -> reward. Then advantages within each group.
-        texts = policy.texts(completions)
+        texts = policy.texts(completions)  # B lists of G strings
         scores = score_completions(scorer, batch, texts, policy.frame, s.accuracy, log_this_step)
         advantages = group_advantages(scores.reward)  # (B, G)
         timer.end("reward")
@@ -186,7 +186,7 @@ def train(s: Settings) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, s: Settings, step: int) -> float:
-    """Linear warm-up, then constant or a linear decay to zero at the last step."""
+    """Linear warm-up, then constant or a linear decay towards zero."""
     decay = 1 - step / s.steps if s.lr_decay == "linear" else 1.0
     lr = s.lr * (min(1.0, (step + 1) / WARMUP) * decay)
     for group in optimizer.param_groups:
@@ -329,7 +329,7 @@ def evaluate(policy, scorer, dataset, s, count: int, title: str, rows=(), log=No
                 new[index] = {"skipped": str(error)}
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         scored = iter(evaluate_batch(policy, scorer, batch, s) if batch else [])
-        new = [row or next(scored) for row in new.values()]
+        new = [row or next(scored) for row in new.values()]  # None: the next scored row
         rows += new
         if log:
             log.write("".join(json.dumps(row) + "\n" for row in new))
