@@ -30,7 +30,7 @@ from PIL import Image
 from segment_anything.modeling import Sam
 from torchvision.ops import box_iou, masks_to_boxes
 
-from plumbing.answers import find_block, json_object, numbers
+from plumbing.answers import find_block, json_object, last_block, numbers
 from plumbing.sam import embed_prompts, sam_input, upsample_masks
 from plumbing.scenes import interior_points
 
@@ -52,8 +52,8 @@ def parse_answer(text: str) -> Answer:
     """Read a completion. Never raises, and takes time linear in the length of the text.
 
     Each part is judged separately: SAM gets a valid box even if a point or the thought is missing.
-    Accepted are any white space and key order, whole and decimal numbers, single quotes, and a
-    ```json fence. The helpers are in plumbing/answers.py.
+    The answer is the last <answer> block after the thought, as JSON or as a Python literal. The
+    helpers are in plumbing/answers.py.
 
     >>> text = '<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>'
     >>> answer = parse_answer(text)
@@ -62,7 +62,7 @@ def parse_answer(text: str) -> Answer:
     """
     # exercise 1: read an answer and judge its two formats
     think = find_block(text, "<think>", "</think>")
-    answer = find_block(text, "<answer>", "</answer>")
+    answer = last_block(think.after if think else text, "<answer>", "</answer>")
     data = json_object(answer.inside) if answer else {}
     box = numbers(data.get("bbox"), 4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
@@ -70,9 +70,8 @@ def parse_answer(text: str) -> Answer:
     points = tuple(p for key in ("points_1", "points_2") if (p := numbers(data.get(key), 2)))
     thought = think.inside.strip() if think else ""
     think_format = False
-    if thought and answer:
-        between = think.after.partition("<answer>")[0]
-        think_format = not (think.before + between + answer.after).strip()
+    if thought and answer:  # all text outside of the two blocks must be white space
+        think_format = not (think.before + answer.before + answer.after).strip()
     return Answer(think_format, box is not None and len(points) == 2, box, points, thought)
     # end of exercise 1
 

@@ -1,11 +1,13 @@
 """answers.py - read tags, JSON and numbers out of any text, without raising."""
 
+import ast
 import json
+import re
+import warnings
 from typing import NamedTuple
 
 LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
 LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
-
 
 
 class Block(NamedTuple):
@@ -25,18 +27,40 @@ def find_block(text: str, opening: str, closing: str) -> Block | None:
     return Block(before, inside, after) if found else None
 
 
+def last_block(text: str, opening: str, closing: str) -> Block | None:
+    """Split a text at its last closing tag and the last opening tag before it."""
+    head, found, after = text.rpartition(closing)
+    before, opened, inside = head.rpartition(opening)
+    return Block(before, inside, after) if found and opened else None
+
+
 def json_object(text: str) -> dict:
-    """The JSON object in a text, or {} if the text is anything else."""
+    """The object in a text, or {} if the text is anything else.
+
+    Accepted are JSON and Python literals (single quotes, trailing commas, `3.`, None), in a code
+    fence or not, with byte order marks and no-break spaces.
+    """
     if len(text) > LONGEST_ANSWER:
         return {}
-    text = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
-    for attempt in (text, text.replace("'", '"')):
+    text = text.replace("\ufeff", "").replace("\xa0", " ").strip()
+    text = re.sub(r"^```\w*|```$", "", text).strip()
+    for read, errors in READERS:
         try:
-            data = json.loads(attempt)
-        except (ValueError, RecursionError):  # not JSON, or nested deeper than Python's stack
+            with warnings.catch_warnings():  # about odd escapes in a literal
+                warnings.simplefilter("ignore")
+                data = read(text)
+        except errors:
             continue
         return data if isinstance(data, dict) else {}
     return {}
+
+
+# What they raise on any text: it is no JSON or literal, or nested deeper than the reader's stack.
+# `ast.literal_eval` also fails on keys that are lists.
+READERS = (
+    (json.loads, (ValueError, RecursionError)),
+    (ast.literal_eval, (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)),
+)
 
 
 def numbers(value: object, count: int) -> tuple[float, ...] | None:
