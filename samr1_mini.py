@@ -38,7 +38,7 @@ from data import BadSample, Sample
 from grpo import Completions, clip_side, group_advantages, group_logprobs, grpo_loss, rollout
 from plumbing import pictures, runs
 from plumbing.command_line import exit_on_error
-from plumbing.photos import load_data, paper_results, read_picture
+from plumbing.photos import check_query, load_data, paper_results, read_picture
 from plumbing.sam import load_sam
 from plumbing.scenes import interior_points, points_inside
 from plumbing.settings import EvalSettings, SegmentSettings, Settings, parse_settings
@@ -121,7 +121,7 @@ def train(s: Settings) -> None:
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
-    unwritten = f"--out {out} cannot be written (make room, then --resume)"
+    unwritten = f"--out {out} cannot be written (make room; --resume continues from a checkpoint)"
     first, results = 0, {}
     if s.resume:  # a resumed run has its first evaluation already
         with exit_on_error(f"--resume {out}"):
@@ -395,28 +395,27 @@ def evaluate_adapter(s: EvalSettings) -> None:
 def segment(s: SegmentSettings) -> None:
     """Segment what a query refers to in one picture. Prints JSON and draws the answer."""
     with exit_on_error("--query"):
-        if not s.query.strip():
-            raise ValueError("say what to find in the image")
+        query = check_query(s.query)
     with exit_on_error(f"--image {s.image}"):
         image = read_picture(s.image)
     out = Path(s.out)
     with exit_on_error(f"--out {out}"):
-        if out.is_dir():
-            raise ValueError("this is a folder: name the picture to write")
+        if out.is_dir() or out.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+            raise ValueError("name the picture to write, such as found.png (or .jpg, .pdf, .svg)")
     with exit_on_error(f"--sam {s.sam}"):
         sam = load_sam(s.sam)
     policy = load_vlm(s.vlm, s.device, s.side, s.prompt, s.adapter)
-    one = Sample(image, s.query, np.zeros((image.height, image.width), bool), None, s.image)
+    one = Sample(image, query, np.zeros((image.height, image.width), bool), None, s.image)
     completions = sample_completions(policy, policy.read([one]), s, greedy=True)
     text = policy.texts(completions)[0][0]
     scorer = SamScorer(sam, policy.device)
     scores = score_completions(scorer, [one], [[text]], policy.frame, keep_masks=True)
     answer, prompt = scores.answers[0][0], scores.prompts[0][0]
     mask = scores.overlap.masks[0][0].cpu().numpy()
-    figure = pictures.found(image, s.query, mask, prompt, answer.thought or text)
+    figure = pictures.found(image, query, mask, prompt, answer.thought or text)
     with exit_on_error(f"--out {out}"):
         runs.save_figure(figure, out)
-    said = {"query": s.query, "bbox": prompt.box, "points": prompt.points}
+    said = {"query": query, "bbox": prompt.box, "points": prompt.points}
     said |= {"mask_pixels": int(mask.sum()), "thought": answer.thought, "completion": text}
     print(json.dumps(said | {"picture": str(out)}))
 

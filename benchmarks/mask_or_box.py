@@ -14,7 +14,6 @@ All metrics come from greedy answers on the same held-out scenes. "box only" is 
 SAM gets the policy's box without its points.
 """
 
-import statistics
 import textwrap
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import samr1_mini
-from benchmarks.sweep import collect, parse_arguments, train_missing
+from benchmarks.sweep import PAPER, collect, mean_and_spread, parse_arguments, train_missing
 from plumbing import pictures
 from plumbing.photos import load_data
 from plumbing.sam import load_sam
@@ -30,7 +29,7 @@ from plumbing.vlm import load_vlm
 from reward import SamScorer, score_completions
 
 SETTINGS = {
-    "mask": "--accuracy tiered",
+    PAPER: "",
     "box": "--accuracy box",
     "Seg-Zero": "--accuracy segzero",
     "Seg-Zero, in mask": "--accuracy segzero_mask",
@@ -56,9 +55,7 @@ def print_table(rows: dict[str, list[dict]]) -> None:
     for name, runs in rows.items():
         cells = []
         for key in COLUMNS if runs else ():
-            values = [run["after"][key] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            cells.append(f"{statistics.mean(values):8.3f} ± {spread:5.3f}")
+            cells.append(mean_and_spread([run["after"][key] for run in runs]))
         seeds = " ".join(f"{run['after']['giou']:.3f}" for run in runs)
         print(f"{name:20}{''.join(cells)}   {seeds or 'not run'}")
 
@@ -120,9 +117,8 @@ def main() -> None:
     options = parse_arguments("mask_or_box", __doc__.split("\n")[0], [0, 1, 2, 3, 4])
     started = time.perf_counter()
     if not options.table:
-        flags = f"--steps {options.steps} --eval_samples {options.eval_samples}"
-        train_missing(SETTINGS, options.out, options.seeds, options.jobs, flags)
-    rows = collect(SETTINGS, options.out, options.seeds)
+        train_missing(SETTINGS, options)
+    rows = collect(SETTINGS, options)
     print_table(rows)
     if rows["mask"] and rows["box"]:
         draw(rows).savefig(options.figure)

@@ -8,6 +8,9 @@ import json
 import os
 import pickle
 import random
+import re
+import unicodedata
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +33,11 @@ REFS = {"refcocog": "refs(umd).p", "refcoco": "refs(unc).p", "refcoco+": "refs(u
 PHOTOGRAPHS = "images/mscoco/images/train2014"
 # LISA pins OpenCV 4.8. Up to 4.10 fillPoly fills the same pixels, and 4.11 changed its rounding.
 INSTALL_CV2 = 'pip install "opencv-python-headless<4.11"'
+THINNEST = 200  # longest side over shortest; the tiny SAM would lose the short one above 256
+# What a broken annotation makes its reader raise.
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
+)  # fmt: skip
 LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 without a check
 
 
@@ -148,8 +156,9 @@ class RefCOCO:
             mask = coco_mask(one.segmentation, *size)
             if not mask.any():
                 raise ValueError("its area is zero")
+            check_query(one.query)
         except (ValueError, LookupError, TypeError, OverflowError) as error:
-            reason = f"its mask in instances.json cannot be used ({_reason(error)})"
+            reason = f"its mask or its sentence cannot be used ({_reason(error)})"
             raise BadSample(f"{one.id}: {reason}. Skip this sample") from error
         image = read_image(self.folder / file_name, self.hint, size)
         return Sample(image, one.query, mask, None, one.id)
@@ -209,6 +218,7 @@ def read_image(file: Path, hint: str, size: tuple[int, int] | None = None) -> Im
             image = (stored if size else ImageOps.exif_transpose(stored)).convert("RGB")
         if size and image.size != tuple(size):
             raise ValueError("it is %d x %d, its annotation is for %d x %d" % (*image.size, *size))
+        check_shape(image)
         return image
     except FileNotFoundError as error:
         raise BadSample(f"{file} is missing. Run: {hint}") from error
@@ -218,13 +228,44 @@ def read_image(file: Path, hint: str, size: tuple[int, int] | None = None) -> Im
 
 
 def read_picture(file: str) -> Image.Image:
-    """Decode a picture of the user's to RGB. Raises OSError or ValueError."""
+    """Decode a picture of the user's to RGB, rotated as its EXIF data say.
+
+    Raises OSError or ValueError.
+    """
     if not file:
         raise ValueError("name a picture")
-    picture = Image.open(file)
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
-    return picture.convert("RGB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(file)
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"it has too many pixels, make it smaller ({error})") from error
+    check_shape(picture)
+    return picture
+
+
+def check_shape(image: Image.Image) -> None:
+    """Raise ValueError if SAM would resize an image to less than one pixel of height or width."""
+    if max(image.size) > THINNEST * min(image.size):
+        sizes = f"{image.width} x {image.height}"
+        raise ValueError(f"it is {sizes} pixels: one side is over {THINNEST} times the other")
+
+
+def check_query(query: object) -> str:
+    """A query without white space around it. Raises ValueError if the policy cannot be asked it.
+
+    A special token such as <|image_pad|> in it would be read as one, and asks for an image that is
+    not there.
+    """
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError("the query is not a text, or it is empty")
+    controls = [c for c in "".join(query.split()) if unicodedata.category(c) in ("Cc", "Cs")]
+    if controls or re.search(r"<\|.*\|>", query, re.DOTALL):
+        raise ValueError(f"the query holds a special token or a control character: {query!a:.99}")
+    return query.strip()
 
 
 def _reason(error: Exception) -> str:
@@ -266,11 +307,11 @@ class ReasonSeg:
             except UnicodeDecodeError:
                 annotation = json.loads(raw.decode("cp1252"))  # a few files of the published set
             text = annotation["text"]
-            query = (text if isinstance(text, str) else text[0]).strip()
+            query = check_query(text if isinstance(text, str) else text[0])
             target, ignore = labelme_masks(annotation["shapes"], *image.size)
             if self.split == "train" and not target.any():
                 raise ValueError("no pixel is target")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        except UNREADABLE as e:
             reason = f"{file} gives no query and mask ({_reason(e)})"
             raise BadSample(f"{reason}. Skip this sample, or download it again: {hint}") from e
         key, ignore = f"reasonseg-{self.split}-{name}", ignore if ignore.any() else None

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -24,9 +25,12 @@ from tqdm import tqdm
 from data import BadSample, Sample
 
 try:
+    import fcntl  # locks of files
     import resource  # peak memory of the process
-except ImportError:  # Windows has no such module
-    resource = None
+except ImportError:  # Windows has no such modules
+    fcntl = resource = None
+
+_locks = {}  # mark: the open file whose lock this process holds
 
 MARK = ".samr1-mini"  # this file marks the folder of a run; it holds the name of the command
 RUN_FILES = """config.json metrics.jsonl eval.json answers.jsonl report.html curves.png sheet.png
@@ -72,25 +76,48 @@ def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: lis
     if resume:
         if not mark.is_file() or mark.read_text() != command:
             raise ValueError(f"this is not the folder of a `{command}` run: name another one")
-        return
+        return lock_run(mark)
     for name in inputs:
         path = Path(name.partition(":")[2] or name).expanduser()
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"it holds {name}, which this command reads: name another folder")
     names = {file.name for file in out.iterdir()} if out.exists() else set()
-    if names and not mark.is_file():
+    leftovers = {name for name in names if is_temporary(name)}
+    if names - leftovers and not mark.is_file():
         raise ValueError("this folder holds other files than a run: name another one")
-    if names and not overwrite:
+    if names - leftovers and not overwrite:
         raise ValueError(
             "it holds a run: continue it with --resume, replace it with --overwrite, "
             "or name another folder"
         )
-    if others := sorted(n for n in names - {MARK, *RUN_FILES} if ".tmp" not in n):
+    if others := sorted(names - leftovers - {MARK, *RUN_FILES}):
         raise ValueError(f"it also holds {', '.join(others[:3])}: move that away first")
-    for name in names:
+    out.mkdir(parents=True, exist_ok=True)
+    lock_run(mark)
+    for name in names - {MARK}:
         file = out / name
         shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
-    write_text(mark, command)
+    mark.write_text(command)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file is left over from a write that was interrupted."""
+    names = {f"{Path(file).stem}.tmp{Path(file).suffix}" for file in RUN_FILES}
+    return name in names or re.fullmatch(r"tmp\w{8}\.tmp", name) is not None
+
+
+def lock_run(mark: Path) -> None:
+    """Lock a run's folder until this process ends. Raises ValueError if another process has it."""
+    mark = mark.resolve()
+    if fcntl is None or mark in _locks:
+        return
+    handle = open(mark, "a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ValueError("another process is writing to it: wait, or name another folder") from None
+    _locks[mark] = handle
 
 
 def save_settings(out: Path, settings) -> None:
@@ -107,8 +134,12 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     save_settings(out, settings)
     file = out / "metrics.jsonl"
     lines = file.read_text().splitlines()[:steps] if steps else []
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: start again with --overwrite ({error})") from error
     write_text(file, "".join(line + "\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    return rows
 
 
 def start_answers(out: Path, settings) -> list[dict]:
@@ -167,7 +198,11 @@ def load_checkpoint(out: Path, model, optimizer, generator) -> tuple[int, dict]:
         generator.set_state(state["generator"])
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{file} does not fit this model and these settings: {error}") from error
-    return state["step"], json.loads((out / "eval.json").read_text())
+    file = out / "eval.json"
+    try:
+        return state["step"], json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: start again with --overwrite ({error})") from error
 
 
 def model_card(s, step: int, results: dict) -> str:

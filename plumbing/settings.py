@@ -155,7 +155,12 @@ AT_LEAST = {
     2: "group_size",  # the advantage compares the completions of a group
 }
 ABOVE = {0: "temperature top_p lr"}
-AT_MOST = {1: "eps_low top_p", 2**63 - 1: "seed data_seed"}
+AT_MOST = {
+    1: "eps_low top_p",
+    1024: "lora_rank",
+    4096: "side max_new_tokens",
+    2**63 - 1: "seed data_seed",
+}
 CLASSES = {
     "train": (Settings, "Evaluate, train with GRPO, evaluate again."),
     "eval": (EvalSettings, "Compute the metrics of an adapter, or of the base model."),

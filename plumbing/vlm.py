@@ -12,6 +12,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from data import Sample, messages
 from plumbing.command_line import exit_on_error
 
+# peft asks for this property of every model. The warning does not concern the user.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
 
 @dataclass
 class Prompts:
@@ -175,7 +178,7 @@ def load_vlm(name: str, device: str, side: int, prompt: str, adapter: str = "non
         if coordinates == "pixels" and side % patch:
             raise ValueError(f"the model would see another size: use a multiple of {patch}")
     if adapter != "none":
-        with exit_on_error(f"--adapter {adapter}"):
+        with exit_on_error(f"--adapter {adapter}", Exception):  # a bad file can raise anything
             if not (Path(adapter) / "adapter_config.json").is_file():
                 raise FileNotFoundError("no adapter_config.json there: name a RUN/adapter")
             model = PeftModel.from_pretrained(model, adapter)

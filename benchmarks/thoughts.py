@@ -1,0 +1,223 @@
+"""thoughts.py - does the policy use its thought? Force another one and see where the answer goes.
+
+    python -m benchmarks.thoughts RUN [--scenes 400]        about a minute on one core
+
+RUN is the folder of a run that was trained on the embedded default. The script takes the held-out
+scenes with a second object of another kind or colour. It lets the policy answer the same query
+
+    own      after its own thought
+    other    after the thought that belongs to the other object
+    right    after the thought that belongs to the target
+    empty    after <think></think>
+
+The thought is appended to the prompt, and the policy continues greedily. The table shows where the
+answer goes, for the base model and for the trained one: the share of boxes with an IoU above 0.5,
+the share of points inside, and the share of SAM's masks with an IoU above 0.5, with the target and
+with the other object. Where the two objects share a box, the box cannot tell them apart, but points
+and mask can. If the answer follows a false thought, then the thought is used.
+"""
+
+import argparse
+import random
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
+
+import samr1_mini
+from benchmarks.sweep import ROOT, exit_with
+from data import Sample, Shapes, Thing
+from plumbing import pictures
+from plumbing.runs import save_figure
+from plumbing.sam import load_sam
+from plumbing.scenes import points_inside
+from plumbing.vlm import Policy, Prompts, load_vlm
+from reward import Answer, SamPrompt, SamScorer, box_ious, intersection_and_union
+from reward import parse_answer, sam_prompt
+
+THOUGHTS = ("own", "other", "right", "empty")
+COLUMNS = ("box", "points", "mask")
+GROUPS = {False: "the other object is elsewhere", True: "the two objects share a box"}
+
+
+class Case(NamedTuple):
+    """A held-out scene with a query, the thing it refers to, and another thing."""
+
+    sample: Sample
+    target: Thing
+    other: Thing
+
+    @property
+    def shared(self) -> bool:
+        """Whether the boxes overlap so much that a box on one thing can be on the other too."""
+        return box_ious([self.target], [[SamPrompt(self.other.box, ())]]).item() > 0.5
+
+
+class Reply(NamedTuple):
+    """A completion and what it leads to."""
+
+    answer: Answer
+    prompt: SamPrompt  # image pixels
+    mask: torch.Tensor  # (H, W) bool, SAM's
+
+    def on(self, thing: Thing) -> tuple[float, float, float]:
+        """Whether the box is on a thing, which share of its points is, and whether the mask is."""
+        box = box_ious([thing], [[self.prompt]]).item() > 0.5
+        truth = torch.from_numpy(thing.mask)
+        intersection, union = intersection_and_union(self.mask[None], truth, None)
+        points = points_inside(self.prompt.points, thing.mask)
+        return float(box), points, float(intersection.item() > 0.5 * union.item())
+
+
+def find_cases(count: int) -> list[Case]:
+    """The first `count` held-out scenes, without those whose things are all of one kind and colour.
+
+    If another thing shares the target's box, then it is the case's other thing.
+    """
+    rng, heldout, cases = random.Random(0), Shapes("heldout"), []
+    for index in range(count):
+        image, things, query, k = heldout.scene(index)
+        target = things[k]
+        sample = Sample(image, query, target.mask, None, f"heldout-{index}")
+        looks = (target.kind, target.colour)
+        found = [Case(sample, target, t) for t in things if (t.kind, t.colour) != looks]
+        if found:
+            cases.append(rng.choice([case for case in found if case.shared] or found))
+    return cases
+
+
+def thought(thing: Thing, size: tuple[int, int]) -> str:
+    """What the policy was taught to think about a thing in an image of `size` (W, H)."""
+    (x, y), (width, height) = thing.centre, size
+    column = ("left", "middle", "right")[min(2, int(3 * x / width))]
+    row = ("top", "middle", "bottom")[min(2, int(3 * y / height))]
+    return f"<think>the {thing.colour} {thing.kind} is at the {row} {column}</think>"
+
+
+def append_tokens(prompts: Prompts, tokens: list[list[int]]) -> Prompts:
+    """B prompts, each followed by tokens that count as the start of its completion.
+
+    Their positions continue after the prompt's largest one, as those of sampled tokens do.
+    """
+    ids, positions = [], []
+    for b, more in enumerate(tokens):
+        keep = prompts.mask[b]
+        before = prompts.positions[:, b, keep]  # (3, P)
+        after = before.max() + 1 + torch.arange(len(more))
+        ids.append(torch.cat([prompts.ids[b, keep], torch.tensor(more, dtype=torch.int64)]))
+        positions.append(torch.cat([before, after.expand(3, -1)], 1).T)
+    left = {"batch_first": True, "padding_side": "left"}
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], **left)
+    positions = pad_sequence(positions, **left).permute(2, 0, 1)
+    return Prompts(pad_sequence(ids, **left), mask, positions, prompts.vision)
+
+
+def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> list[str]:
+    """Greedy completions that begin with the given texts, one for each sample."""
+    tokens = policy.processor.tokenizer(starts, add_special_tokens=False)["input_ids"]
+    texts = []
+    for rows in samr1_mini.slices(0, len(samples), s.rollout_prompts):
+        prompts = append_tokens(policy.read(samples[rows]), tokens[rows])
+        completions = samr1_mini.sample_completions(policy, prompts, s, greedy=True)
+        texts += [group[0] for group in policy.texts(completions)]
+    return [start + text for start, text in zip(starts, texts, strict=True)]
+
+
+def replies(policy: Policy, scorer: SamScorer, cases: list[Case], s) -> dict[str, list[Reply]]:
+    """The replies to all cases after each of THOUGHTS."""
+    samples = [case.sample for case in cases]
+    sizes = [one.image.size for one in samples]
+    starts = {
+        "own": [""] * len(cases),
+        "other": [thought(case.other, size) for case, size in zip(cases, sizes, strict=True)],
+        "right": [thought(case.target, size) for case, size in zip(cases, sizes, strict=True)],
+        "empty": ["<think></think>"] * len(cases),
+    }
+    found = {}
+    for name in THOUGHTS:
+        answers = [parse_answer(text) for text in complete(policy, samples, starts[name], s)]
+        prompts = [
+            sam_prompt(answer, policy.frame, *size)
+            for answer, size in zip(answers, sizes, strict=True)
+        ]
+        masks = scorer.score(samples, [[prompt] for prompt in prompts], keep_masks=True).masks
+        masks = [mask[0].cpu() for mask in masks]
+        found[name] = list(map(Reply, answers, prompts, masks))
+    return found
+
+
+def print_table(title: str, cases: list[Case], found: dict[str, list[Reply]]) -> None:
+    """Print shares over the cases, in two groups: `Case.shared` or not."""
+    print(f"\n{title:42}" + "".join(f"{name:>16}" for name in COLUMNS))
+    for shared, meaning in GROUPS.items():
+        chosen = [k for k, case in enumerate(cases) if case.shared == shared]
+        header = f"{meaning}, {len(chosen)} scenes"
+        print(f"{header:42}" + f"{'target':>9}{'other':>7}" * len(COLUMNS))
+        for name in THOUGHTS if chosen else ():
+            target = torch.tensor([found[name][k].on(cases[k].target) for k in chosen]).mean(0)
+            other = torch.tensor([found[name][k].on(cases[k].other) for k in chosen]).mean(0)
+            cells = (f"{a:9.3f}{b:7.3f}" for a, b in zip(target, other, strict=True))
+            print(f"  {name + ' thought':40}" + "".join(cells))
+
+
+def pick(cases: list[Case], found: dict[str, list[Reply]], count: int) -> list[int]:
+    """The first cases of each group, `count` of each, that the policy answers rightly on its own.
+
+    What it answers after the other thought plays no part in the choice.
+    """
+    right = [k for k, case in enumerate(cases) if found["own"][k].on(case.target)[2]]
+    groups = [[k for k in right if cases[k].shared == shared] for shared in GROUPS]
+    return groups[0][:count] + groups[1][:count]
+
+
+def draw(cases: list[Case], found: dict[str, list[Reply]], chosen: list[int]) -> Figure:
+    """The chosen cases, one in each column. Above: own thought. Below: the other object's."""
+    figure = Figure(figsize=(3.4 * len(chosen), 7.6), dpi=100, layout="constrained")
+    grid = figure.subplots(2, len(chosen), squeeze=False)
+    for line, (name, title) in zip(grid, {"own": "own", "other": "forced"}.items(), strict=True):
+        for axes, k in zip(line, chosen, strict=True):
+            sample, reply = cases[k].sample, found[name][k]
+            pictures.draw_mask(axes, sample.image, reply.mask.numpy(), pictures.FOUND)
+            pictures.draw_outline(axes, sample.mask, pictures.TRUTH)
+            pictures.draw_prompt(axes, reply.prompt)
+            pictures.write_title(axes, f"query: {sample.query}")
+            text = f'{title} thought: "{reply.answer.thought}"'
+            pictures.write_below(axes, textwrap.fill(text, 38))
+    pictures.draw_legend(figure)
+    return figure
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.thoughts", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a trained run")
+    parser.add_argument("--scenes", type=int, default=400, help="held-out scenes to look at")
+    figure = ROOT / "assets" / "thoughts.png"
+    parser.add_argument("--figure", type=Path, default=figure, help="figure to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    adapter = options.run / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        exit_with(f"RUN {options.run} has no adapter: name the folder of a trained run")
+    s = samr1_mini.parse_settings("train", [])
+    cases, scorer = find_cases(options.scenes), SamScorer(load_sam("tiny"))
+    if not cases:
+        exit_with(f"--scenes {options.scenes} holds no scene with two different objects: use more")
+    for title, name in {"base model": "none", "trained model": str(adapter)}.items():
+        policy = load_vlm("tiny", "cpu", s.side, s.prompt, name)
+        found = replies(policy, scorer, cases, s)
+        print_table(title, cases, found)
+    if chosen := pick(cases, found, count=2):
+        save_figure(draw(cases, found, chosen), options.figure)
+        print(f"\nwritten to {options.figure}")
+
+
+if __name__ == "__main__":
+    main()
