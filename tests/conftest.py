@@ -1,4 +1,4 @@
-"""Fixtures that the tests share: the embedded models and a few scenes, loaded once a session; and the marks of the exercises."""
+"""Fixtures that the tests share, loaded once a session, and the marks of the tests."""
 
 import re
 import sys
@@ -12,21 +12,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Shapes, messages
-from reward import SamScorer, load_sam
+from plumbing.sam import load_sam
+from reward import SamScorer
 
-torch.set_num_threads(1)  # toy matrices: a second thread costs more than it brings
+torch.set_num_threads(1)  # the matrices are too small to share between threads
 torch.set_flush_denormal(True)
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: takes over two seconds; -m "not slow" leaves it out')
     for number in range(1, 11):
-        config.addinivalue_line("markers", f"exercise_{number}: what exercise {number} of the assignment must pass")
+        meaning = f"exercise_{number}: a test of exercise {number} of the assignment"
+        config.addinivalue_line("markers", meaning)
 
 
 def missing_exercise(error: BaseException | None) -> str | None:
-    """The number of the exercise, not yet done, that an error comes from, be it through other errors."""
+    """The number of the unsolved exercise that caused an error, directly or not, or None."""
     while error is not None:
-        if isinstance(error, NotImplementedError) and (found := re.match(r"exercise (\d+): ", str(error))):
+        found = re.match(r"exercise (\d+): ", str(error))
+        if isinstance(error, NotImplementedError) and found:
             return found[1]
         error = error.__cause__ or error.__context__
     return None
@@ -34,23 +38,26 @@ def missing_exercise(error: BaseException | None) -> str | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """In the assignment, a test of something else that needs an exercise not yet done is skipped and says so."""
+    """Skip a test that needs an unsolved exercise, unless it is a test of that exercise."""
     report = yield
-    if report.failed and (number := missing_exercise(call.excinfo.value)) and not item.get_closest_marker(f"exercise_{number}"):
+    number = missing_exercise(call.excinfo.value) if report.failed else None
+    if number and not item.get_closest_marker(f"exercise_{number}"):
         file, line, _ = item.location
-        report.outcome, report.longrepr = "skipped", (file, (line or 0) + 1, f"Skipped: needs exercise {number}")
+        report.outcome = "skipped"
+        report.longrepr = (file, (line or 0) + 1, f"Skipped: needs exercise {number}")
     return report
 
 
 @pytest.fixture(scope="session")
 def samples():
-    """Six held-out scenes, three of them not square, with queries of different lengths."""
+    """Six held-out scenes. Three of them are not square, and the queries differ in length."""
     scenes = [Shapes("heldout")[i] for i in range(60)]
     square = [s for s in scenes if s.image.width == s.image.height]
     wide = [s for s in scenes if s.image.width > s.image.height]
     tall = [s for s in scenes if s.image.width < s.image.height]
     chosen = [wide[0], square[0], tall[0], square[1], wide[1], square[2]]
-    assert len({len(s.query.split()) for s in chosen[:3]}) > 1  # else nothing would be padded
+    lengths = {len(s.query.split()) for s in chosen[:3]}
+    assert len(lengths) > 1, "with equal lengths no prompt would be padded"
     return chosen
 
 
@@ -66,9 +73,10 @@ def scorer(sam):
 
 @pytest.fixture(scope="session")
 def policy_parts():
-    """The tiny VLM with a LoRA that does something (peft starts its B matrices at zero), and what goes with it.
+    """The tiny VLM with a random LoRA, loaded without the code of this repository.
 
-    model, processor; side: of the square it sees; end, banned: token ids; read(samples): the processor's batch.
+    model, processor; side: of the square image it sees, pixels; end, banned: token ids;
+    read(samples): the processor's output.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -76,27 +84,30 @@ def policy_parts():
     torch.manual_seed(0)  # of the adapter
     folder = ROOT / "tiny" / "vlm"
     processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     targets = r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj"
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name:  # peft sets these to zero, and the adapter would do nothing
                 parameter.normal_(std=0.05)
     config, side = model.config, 64
 
     def read(samples):
-        talks = [messages(s.query, "brief", "pixels", side) for s in samples]
-        texts = processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
+        chats = [messages(s.query, "brief", "pixels", side) for s in samples]
+        texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         images = [s.image.resize((side, side)) for s in samples]
-        return processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
+        padding = {"padding": True, "padding_side": "left"}
+        return processor(text=texts, images=images, return_tensors="pt", **padding)
 
-    vision = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return SimpleNamespace(
         model=model.eval(),
         processor=processor,
         side=side,
         end=torch.tensor([processor.tokenizer.eos_token_id]),
-        banned=torch.tensor(vision),
+        banned=torch.tensor([getattr(config, name) for name in names]),
         read=read,
     )
