@@ -96,8 +96,8 @@ class Thing:
 class Shapes:
     """Drawn scenes of 2 to 5 shapes, each with one unambiguous query about one of them.
 
-    Item i depends on (split, seed, things, i) alone. It is drawn when it is read, and is the same
-    in every run. The splits are "train", "heldout" and "warmup" (for training the tiny models).
+    Item i depends on i and the arguments alone. It is drawn when it is read, and is the same in
+    every run. The splits are "train", "heldout" and "warmup" (for training the tiny models).
     They seed the generator differently, so no scene is in two of them.
     """
 
@@ -107,8 +107,10 @@ class Shapes:
         seed: int = 0,
         size: int = 100_000,
         things: tuple[int, int] = (2, 5),
+        hard_share: float = HARD_SHARE,
     ):
-        self.split, self.seed, self.size, self.things = split, seed, size, things
+        self.split, self.seed, self.size = split, seed, size
+        self.things, self.hard_share = things, hard_share
 
     def __len__(self) -> int:
         return self.size
@@ -128,7 +130,7 @@ class Shapes:
             queries = unambiguous_queries(things, *image.size)
             hard = {sort: [q for q in qs if things[q[1]].hard] for sort, qs in queries.items()}
             hard = {sort: qs for sort, qs in hard.items() if qs}
-            if hard and rng.random() < HARD_SHARE:
+            if hard and rng.random() < self.hard_share:
                 queries = hard
             if queries:
                 # Choose the kind of query first. Otherwise the common kinds would dominate.
