@@ -1,30 +1,33 @@
-"""sam_scoring.py - what does it cost to score B images x G completions with SAM?
+"""sam_scoring.py - how long does it take to score B images x G completions with SAM?
 
-    python benchmarks/sam_scoring.py [--sam tiny|vit_b|both] [--repeats 3] [--threads 2] [--device cpu|cuda]
+    python -m benchmarks.sam_scoring [--sam tiny|vit_b|both] [--repeats 3] [--threads 2]
+                                     [--device cpu|cuda]
 
-Three ways to the same B x G numbers:
-    naive    `segment_anything.SamPredictor`, set_image and predict for every completion, IoU in numpy, as public code for
-             segmentation by RL (Seg-Zero, for one) does it
-    cached   the same, but set_image once for each image
+Compares three ways to compute the same B x G IoUs:
+
+    naive    `segment_anything.SamPredictor`: set_image and predict for every completion, IoU in
+             numpy. Public code for segmentation by RL does this (Seg-Zero, for example).
+    cached   the same, but set_image once per image
     ours     reward.SamScorer.score
-The first two run the package as it is, its own attention included. Prompts are a box and two points, jittered around the
-object. The tiny SAM sees drawn scenes; ViT-B has random weights and sees noise, which costs what photographs cost.
 
-Phases. encoder: from a PIL image to its embedding, resizing and padding included. decoder: from a prompt and an embedding to
-logits at low resolution (prompt encoder and mask decoder). masks + IoU: all the rest, so the choice of the best mask,
-upsampling to the image's size, threshold, intersection and union.
+The first two run the package unchanged, with its own attention. Prompts are a box and two points,
+jittered around the object. The tiny SAM sees drawn scenes. ViT-B has random weights and sees noise,
+which takes as long as photographs.
+
+Phases. encoder: from a PIL image to its embedding, with resizing and padding. decoder: from a
+prompt and an embedding to low-resolution logits (prompt encoder and mask decoder). masks + IoU: all
+the rest, that is choosing the best mask, upsampling it to the image's size, threshold, intersection
+and union.
 """
 
 import argparse
 import copy
 import json
-import sys
 import time
 import timeit
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
@@ -36,29 +39,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import reward  # noqa: E402
-from data import Sample, Shapes  # noqa: E402
+import reward
+from data import Sample, Shapes
+from plumbing.sam import SAM_SIZES, build_sam, load_sam
 
 B, G = 8, 8
-SHAPES = ((640, 480), (480, 640), (500, 375), (333, 500), (640, 640), (640, 427), (427, 640), (375, 500))  # W, H: as in COCO
-# Images that the predictor encodes itself at ViT-B on a CPU, half of them before our batch of 8 and half after. A call takes many
-# seconds, and as the encoder's input is always 1024 x 1024, four tell the price. For the rest it is lent our embeddings.
+# Width and height of the images of noise, as in COCO.
+SIZES = ((640, 480), (480, 640), (500, 375), (333, 500), (640, 640), (640, 427), (427, 640))
+SIZES += ((375, 500),)
+# Images that the predictor encodes itself at ViT-B on a CPU, half of them before our batch of 8 and
+# half after it. A call takes many seconds, and the encoder's input is always 1024 x 1024, so four
+# calls are enough. The predictor gets our embeddings of the other images.
 ENCODED = 4
 PHASES = ("encoder", "decoder", "masks")
 
 
 class Meter(TorchDispatchMode):
-    """Seconds of one way by phase. With `tally`, which slows small operations and so is for a warm-up, also operations, FLOPs
-    and the peak of the bytes of live tensors: those that kernels allocate for themselves are not seen, nor are numpy's arrays.
-    On CUDA the peak is the allocator's own. Memory is what a way adds to the weights."""
+    """Seconds of one way, by phase.
+
+    With `count`, also counts operations and FLOPs, and the peak of the bytes of existing tensors.
+    This slows down small operations, so it is for a warm-up. It does not see memory that kernels
+    allocate internally, nor numpy's arrays. On CUDA the peak is the allocator's. Memory excludes
+    the weights.
+    """
 
     def __init__(self, device: str):
         super().__init__()
         self.cuda, self.phase, self.live, self.peak = device == "cuda", "", {}, 0
         self.weights = torch.cuda.memory_allocated() if self.cuda else 0
         self.seconds, self.operations, self.flops = Counter(), Counter(), Counter()
+        self.repeats = []  # the seconds of each repetition
 
     def now(self) -> float:
         if self.cuda:
@@ -66,158 +76,245 @@ class Meter(TorchDispatchMode):
         return time.perf_counter()
 
     @contextmanager
-    def charge(self, phase: str, tally: bool = False):
-        """Time spent in here is this phase's, and not that of the phase around it."""
+    def measure(self, phase: str, count: bool = False):
+        """Add the time inside the block to this phase, and not to the phase around it."""
         outer, self.phase = self.phase, phase
         if self.cuda and not outer:
             torch.cuda.reset_peak_memory_stats()
         start = self.now()
-        with self if tally else nullcontext():
+        with self if count else nullcontext():
             yield
         seconds, self.phase = self.now() - start, outer
         self.seconds.update({phase: seconds, outer: -seconds})
         if self.cuda:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - self.weights)
 
-    def timed(self, phase: str, function):
-        return lambda *args, **kwargs: self.charge(phase)(function)(*args, **kwargs)  # a context manager is a decorator too
+    def measured(self, phase: str, function):
+        """`function` with its time added to a phase."""
+        return lambda *args, **kwargs: self.measure(phase)(function)(*args, **kwargs)
+
+    def end_repeat(self) -> None:
+        self.repeats.append(self.seconds)
+        self.seconds = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.operations[self.phase] += not func.is_view  # a view launches nothing
-        if func.overloadpacket in flop_registry:
-            self.flops[self.phase] += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and not self.cuda):
-            if storage._cdata not in given | self.live.keys():  # else a view, or in place
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.operations[self.phase] += not func.is_view  # a view runs no kernel
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops[self.phase] += count(*args, **kwargs, out_val=out)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = {t.untyped_storage()._cdata for t in inputs} | self.live.keys()
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and not self.cuda]
+        for storage in (t.untyped_storage() for t in outputs):
+            if storage._cdata not in known:  # else it is a view or an in-place operation
+                known.add(storage._cdata)
                 self.live[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.live.pop, storage._cdata)
         self.peak = max(self.peak, sum(self.live.values()))
         return out
 
 
+# --------------------------------------------------------------------------------------------------
+# The case: models, samples and prompts
+# --------------------------------------------------------------------------------------------------
+
+
 def noise_sample(index: int, rng: np.random.Generator) -> Sample:
-    """An image of noise, with an ellipse for its object."""
-    width, height = SHAPES[index]
+    """An image of noise with an ellipse as its object."""
+    width, height = SIZES[index]
     mask = Image.new("1", (width, height))
-    ImageDraw.Draw(mask).ellipse((width * 0.2, height * 0.3, width * rng.uniform(0.5, 0.9), height * rng.uniform(0.6, 0.9)), fill=1)
-    return Sample(Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)), "", np.array(mask), None, str(index))
+    right, bottom = width * rng.uniform(0.5, 0.9), height * rng.uniform(0.6, 0.9)
+    ImageDraw.Draw(mask).ellipse((width * 0.2, height * 0.3, right, bottom), fill=1)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    return Sample(image, "", np.array(mask), None, str(index))
 
 
-def jittered(mask: np.ndarray, rng: np.random.Generator) -> reward.SamPrompt:
-    """What a decent policy might answer: each edge off by up to a tenth of the object, two points around its middle."""
+def jittered_prompt(mask: np.ndarray, rng: np.random.Generator) -> reward.SamPrompt:
+    """A prompt as of a good policy: each edge is off by up to a tenth of the object, and two points
+    are near its middle."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
     size, limit = np.tile(box[2:] - box[:2], 2), np.tile(mask.shape[::-1], 2)
     points = (box[:2] + box[2:]) / 2 + rng.uniform(-0.25, 0.25, (2, 2)) * size[:2]
-    return reward.SamPrompt(tuple((box + rng.uniform(-0.1, 0.1, 4) * size).clip(0, limit)), tuple(map(tuple, points)))
+    box = (box + rng.uniform(-0.1, 0.1, 4) * size).clip(0, limit)
+    return reward.SamPrompt(tuple(box), tuple(map(tuple, points)))
 
 
-def one_by_one(predictors: list[SamPredictor], samples: list[Sample], prompts: list) -> np.ndarray:
-    """The public way, once the images are set. Returns IoU (B, G)."""
+def make_case(name: str):
+    """SAM, B samples, and B x G prompts."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    if name == "tiny":
+        sam, scenes = load_sam("tiny"), Shapes("heldout")
+        samples = [scenes[i] for i in range(B)]
+    else:
+        sam, samples = build_sam(**SAM_SIZES[name]), [noise_sample(i, rng) for i in range(B)]
+        for key, weight in sam.image_encoder.named_parameters():
+            if "pos" in key:  # zero at first, so that errors in their use would not show
+                torch.nn.init.normal_(weight, std=0.02)
+    return sam, samples, [[jittered_prompt(one.mask, rng) for _ in range(G)] for one in samples]
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+# --------------------------------------------------------------------------------------------------
+
+
+def score_one_by_one(
+    predictors: list[SamPredictor], samples: list[Sample], prompts: list
+) -> np.ndarray:
+    """IoU (B, G) with SamPredictor, after set_image."""
     iou = np.zeros((B, G))
-    for b, (predictor, sample, group) in enumerate(zip(predictors, samples, prompts, strict=True)):
-        for g, prompt in enumerate(group):
-            masks, ratings, _ = predictor.predict(np.array(prompt.points), np.ones(2), np.array(prompt.box), multimask_output=True)
-            mask = masks[ratings.argmax()]
-            iou[b, g] = np.logical_and(mask, sample.mask).sum() / np.logical_or(mask, sample.mask).sum()
+    for b, (predictor, sample) in enumerate(zip(predictors, samples, strict=True)):
+        for g, prompt in enumerate(prompts[b]):
+            masks, scores, _ = predictor.predict(
+                np.array(prompt.points), np.ones(2), np.array(prompt.box), multimask_output=True
+            )
+            mask = masks[scores.argmax()]
+            intersection = np.logical_and(mask, sample.mask).sum()
+            iou[b, g] = intersection / np.logical_or(mask, sample.mask).sum()
     return iou
 
 
-def floor(flops: dict[str, float], pixels: int, device: str) -> dict[str, float]:
-    """Seconds at the best speed of this machine: the FLOPs of B encodings and B*G decodings, as fast as a large matrix product;
-    and B*G masks' logits at full size (`pixels` together, 4 bytes each) written once and read once."""
+class Comparison:
+    """SamPredictor and `reward.SamScorer` on the same case, measured phase by phase."""
+
+    def __init__(self, name: str, device: str):
+        self.device, self.slow = device, name == "vit_b" and device == "cpu"
+        self.encoded = ENCODED if self.slow else B  # images that SamPredictor encodes itself
+        sam, self.samples, self.prompts = make_case(name)
+        plain = copy.deepcopy(sam).to(device)
+        for block in plain.image_encoder.blocks:
+            del block.attn.forward  # restores the package's own attention
+        self.scorer = reward.SamScorer(sam, device)
+        self.predictors = [SamPredictor(plain) for _ in range(B)]
+        self.theirs, self.ours = Meter(device), Meter(device)
+        encoder, decoder = plain.prompt_encoder, plain.mask_decoder
+        for part, name in ((encoder, "forward"), (encoder, "get_dense_pe"), (decoder, "forward")):
+            setattr(part, name, self.theirs.measured("decoder", getattr(part, name)))
+        self.calls, self.batches = [], []  # seconds of encoder calls: one image, and our batch
+
+    def time_encoders(self, count: bool) -> None:
+        """Encode all images with the scorer, and `encoded` of them with the predictors."""
+        for b in range(self.encoded):
+            if b == self.encoded // 2:
+                with self.ours.measure("encoder", count):
+                    self.embedded = self.scorer.encode([one.image for one in self.samples])
+                self.batches.append(self.ours.seconds.pop("encoder"))
+            half = torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+            with self.theirs.measure("encoder", count), half:  # as in SamScorer.encode
+                self.predictors[b].set_image(np.asarray(self.samples[b].image))
+            self.calls.append(self.theirs.seconds.pop("encoder"))
+        embeddings, _, input_sizes = self.embedded
+        for b in range(self.encoded, B):
+            predictor = self.predictors[b]
+            predictor.features, predictor.is_image_set = embeddings[b : b + 1], True
+            predictor.input_size = input_sizes[b]
+            predictor.original_size = self.samples[b].mask.shape
+
+    def time_decoders(self, count: bool) -> None:
+        """Score all prompts both ways. Keeps the IoUs and their largest difference."""
+        with self.theirs.measure("masks", count):
+            self.iou = score_one_by_one(self.predictors, self.samples, self.prompts)
+        decode = self.ours.measured("decoder", reward.decode_masks)
+        with (
+            mock.patch.object(reward, "decode_masks", decode),
+            mock.patch.object(self.scorer, "encode", return_value=self.embedded),
+            self.ours.measure("masks", count),
+        ):
+            self.overlap = self.scorer.score(self.samples, self.prompts)
+            iou = self.overlap.iou.cpu().double().numpy()
+        self.difference = abs(iou - self.iou).max()
+
+    def run(self, repeats: int) -> None:
+        """Measure `repeats` times, after a warm-up that also counts operations."""
+        for repeat in range(repeats + 1):
+            # Slow encoders run in the warm-up only: next to ten seconds, counting takes no time.
+            if repeat == 0 or not self.slow:
+                self.time_encoders(count=repeat == 0)
+            self.time_decoders(count=repeat == 0)
+            self.theirs.end_repeat()
+            self.ours.end_repeat()
+
+
+def machine_floor(flops: dict[str, float], pixels: int, device: str) -> dict[str, float]:
+    """Seconds of each phase at the best speed of this machine.
+
+    For encoder and decoder: their FLOPs at the speed of a large matrix product. For masks: one
+    write and one read of the logits at full size (`pixels` in total, 4 bytes each).
+    """
     square, block = torch.randn(2048, 2048, device=device), torch.zeros(2**26, device=device)
-    half = square.bfloat16() if device == "cuda" else square  # the encoder runs in half precision there
+    half = square.bfloat16() if device == "cuda" else square  # as the encoder
     jobs = (lambda: half @ half, lambda: square @ square, lambda: block.add_(1))
-    encoder, decoder, masks = (min(timeit.repeat(job, number=1, repeat=10, timer=Meter(device).now)) for job in jobs)
-    work = 2 * 2048**3  # FLOPs of the product
+    timer = Meter(device).now
+    best = [min(timeit.repeat(job, number=1, repeat=10, timer=timer)) for job in jobs]
+    product = 2 * 2048**3  # FLOPs
     return {
-        "encoder": flops["encoder"] * encoder / work,
-        "decoder": flops["decoder"] * decoder / work,
-        "masks": pixels * masks / len(block),
+        "encoder": flops["encoder"] * best[0] / product,
+        "decoder": flops["decoder"] * best[1] / product,
+        "masks": pixels * best[2] / len(block),
     }
 
 
 def compare(name: str, device: str, repeats: int) -> dict:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    if name == "tiny":
-        sam, samples = reward.load_sam("tiny"), [Shapes("heldout")[i] for i in range(B)]
-    else:
-        sam, samples = reward.build_sam(**reward.SAM_SIZES[name]), [noise_sample(i, rng) for i in range(B)]
-        for key, weight in sam.image_encoder.named_parameters():
-            if "pos" in key:  # all zero at first, and then any treatment of positions would do
-                torch.nn.init.normal_(weight, std=0.02)
-    prompts = [[jittered(sample.mask, rng) for _ in range(G)] for sample in samples]
-    plain = copy.deepcopy(sam).to(device)
-    for block in plain.image_encoder.blocks:
-        del block.attn.forward  # ours; the package's own comes back
-    scorer, predictors = reward.SamScorer(sam, device), [SamPredictor(plain) for _ in range(B)]
-    encode, theirs, ours = scorer.encode, Meter(device), Meter(device)
-    for part, function in ((plain.prompt_encoder, "forward"), (plain.prompt_encoder, "get_dense_pe"), (plain.mask_decoder, "forward")):
-        setattr(part, function, theirs.timed("decoder", getattr(part, function)))
-    slow = name == "vit_b" and device == "cpu"
-    encoded = ENCODED if slow else B
-    calls, batches, rest = [], [], {theirs: [], ours: []}
-
-    for repeat in range(repeats + 1):  # the first is the warm-up
-        tally = repeat == 0
-        for b in range(encoded if tally or not slow else 0):  # slow ones are timed in the warm-up alone: ten seconds hide the tally
-            if b == encoded // 2:
-                with ours.charge("encoder", tally):
-                    found = embeddings, _, input_sizes = encode([sample.image for sample in samples])
-                batches.append(ours.seconds.pop("encoder"))
-            with theirs.charge("encoder", tally), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # as ours
-                predictors[b].set_image(np.asarray(samples[b].image))
-            calls.append(theirs.seconds.pop("encoder"))
-        for b in range(encoded, B):
-            predictors[b].features, predictors[b].is_image_set = embeddings[b : b + 1], True
-            predictors[b].input_size, predictors[b].original_size = input_sizes[b], samples[b].mask.shape
-        with theirs.charge("masks", tally):
-            iou = one_by_one(predictors, samples, prompts)
-        with mock.patch.object(reward, "decode_masks", ours.timed("decoder", reward.decode_masks)), ours.charge("masks", tally):
-            with mock.patch.object(scorer, "encode", return_value=found):
-                overlap = scorer.score(samples, prompts)
-                difference = abs(overlap.iou.cpu().double().numpy() - iou).max()
-        for meter in rest:
-            rest[meter].append(meter.seconds)
-            meter.seconds = Counter()
-
-    truth, area = np.array([(sample.mask.sum(), sample.mask.size) for sample in samples]).T[:, :, None]
-    covered = ((overlap.union + overlap.intersection).cpu().numpy() - truth) / area  # union + intersection = mask + truth
-    call, batch = median(calls[encoded:] or calls), median(batches[1:] or batches)
-    ways = {"naive": (theirs, call * B * G, B * G / encoded), "cached": (theirs, call * B, B / encoded), "ours": (ours, batch, 1)}
+    """Measure one SAM. Returns what `print_comparison` shows, ready for JSON."""
+    c = Comparison(name, device)
+    c.run(repeats)
+    calls = c.calls[c.encoded :] or c.calls  # without the warm-up, if there are others
+    call, batch = median(calls), median(c.batches[1:] or c.batches)
+    ways = {  # meter, seconds of the encoder, and how often the counted encoder calls are made
+        "naive": (c.theirs, call * B * G, B * G / c.encoded),
+        "cached": (c.theirs, call * B, B / c.encoded),
+        "ours": (c.ours, batch, 1),
+    }
     table = {}
     for way, (meter, encoder, times) in ways.items():
-        row = {"encoder": encoder} | {phase: median(r[phase] for r in rest[meter][1:]) for phase in PHASES[1:]}
-        operations = sum(count * (times if phase == "encoder" else 1) for phase, count in meter.operations.items())
-        table[way] = row | {"total": sum(row.values()), "operations": round(operations), "peak MiB": meter.peak / 2**20}
-    flops = theirs.flops | {"encoder": theirs.flops["encoder"] * B / encoded}
-    table["floor"] = floor(flops, G * sum(sample.mask.size for sample in samples), device)
-    table["floor"]["total"] = sum(table["floor"].values())
-    return {
-        "sam": name, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "B": B, "G": G, "repeats": repeats,
-        "calls": len(calls[encoded:] or calls), "ways": table, "teraflops": {phase: flops[phase] / 1e12 for phase in PHASES[:2]},
-        "iou_difference": difference, "mean_iou": iou.mean(), "covered": (covered.min(), covered.max()),
-    }  # fmt: skip
+        row = {"encoder": encoder}
+        row |= {phase: median(r[phase] for r in meter.repeats[1:]) for phase in PHASES[1:]}
+        row["total"] = sum(row.values())
+        counts = meter.operations
+        row["operations"] = round(sum(counts.values()) + counts["encoder"] * (times - 1))
+        table[way] = row | {"peak MiB": meter.peak / 2**20}
+    flops = c.theirs.flops | {"encoder": c.theirs.flops["encoder"] * B / c.encoded}
+    floor = machine_floor(flops, G * sum(one.mask.size for one in c.samples), device)
+    table["floor"] = floor | {"total": sum(floor.values())}
+    truth, area = np.array([(one.mask.sum(), one.mask.size) for one in c.samples]).T[:, :, None]
+    pixels = (c.overlap.union + c.overlap.intersection).cpu().numpy() - truth  # of the masks
+    result = {"sam": name, "device": device, "threads": torch.get_num_threads()}
+    result |= {"torch": torch.__version__, "B": B, "G": G, "repeats": repeats}
+    result |= {"calls": len(calls), "ways": table}
+    result["teraflops"] = {phase: flops[phase] / 1e12 for phase in PHASES[:2]}
+    result |= {"iou_difference": c.difference, "mean_iou": c.iou.mean()}
+    return result | {"covered": ((pixels / area).min(), (pixels / area).max())}
 
 
-def show(r: dict) -> None:
-    table, columns, flops, low, high = r["ways"], (*PHASES, "total", "operations", "peak MiB"), r["teraflops"], *r["covered"]
-    print(f"\n{r['sam']}: B = {B} images x G = {G} completions, {r['device']}, {r['threads']} threads, medians of {r['repeats']}, seconds")
-    print(f"{'':14}" + "".join(f"{c.replace('masks', 'masks+IoU'):>12}" for c in columns))
+def print_comparison(r: dict) -> None:
+    """Print a result of `compare`."""
+    table, columns = r["ways"], (*PHASES, "total", "operations", "peak MiB")
+    print(f"\n{r['sam']}: B = {B} images x G = {G} completions, {r['device']}, ", end="")
+    print(f"{r['threads']} threads, medians of {r['repeats']}, seconds")
+    headers = [column.replace("masks", "masks+IoU") for column in columns]
+    print(f"{'':14}" + "".join(f"{header:>12}" for header in headers))
     for way, row in table.items():
-        print(f"{way:14}" + "".join(f"{row[c]:12,.{3 if c in columns[:4] else 0}f}" for c in columns if c in row))
+        cells = [f"{row[c]:12,.{3 if c in columns[:4] else 0}f}" for c in columns if c in row]
+        print(f"{way:14}" + "".join(cells))
     for one, other in (("naive", "ours"), ("cached", "ours"), ("ours", "floor")):
-        print(f"{one + ' / ' + other:14}" + "".join(f"{table[one][c] / table[other][c]:12.2f}" for c in columns if c in table[other]))
-    print(f"""naive is cached, with the very same encoder call {G} times: the median of {r["calls"]} calls that were timed, times {B * G} or {B}
-floor: {B} encodings, {flops["encoder"]:.2g} TFLOP, and {B * G} decodings, {flops["decoder"]:.2g} TFLOP, at the speed of a matrix product; logits at full size
-largest difference of IoU: {r["iou_difference"]:.1e} (mean IoU {r["mean_iou"]:.2f}; masks cover {low:.0%} to {high:.0%} of their images)""")
+        ratios = [table[one][c] / table[other][c] for c in columns if c in table[other]]
+        print(f"{one + ' / ' + other:14}" + "".join(f"{ratio:12.2f}" for ratio in ratios))
+    encoder, decoder = r["teraflops"].values()
+    low, high = r["covered"]
+    print(f"naive: cached with {G} times the encoder calls (median of {r['calls']} timed calls)")
+    print(f"floor: {encoder:.2g} TFLOP for {B} encodings and {decoder:.2g} for {B * G} decodings")
+    print("at the speed of a matrix product, and the logits at full size")
+    print(f"largest difference of an IoU: {r['iou_difference']:.1e} (mean IoU {r['mean_iou']:.2f};")
+    print(f"masks cover {low:.0%} to {high:.0%} of their images)")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sam_scoring", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--sam", choices=("tiny", "vit_b", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -227,8 +324,9 @@ def main() -> None:
     results = []
     for name in ("tiny", "vit_b") if options.sam == "both" else (options.sam,):
         results.append(compare(name, options.device, options.repeats))
-        show(results[-1])
-    print("\noperations: what PyTorch launches; views and numpy are not counted. peak MiB: tensors alive at once, beyond the weights.")
+        print_comparison(results[-1])
+    print("\noperations: kernels that PyTorch runs, without views and numpy")
+    print("peak MiB: tensors that exist at the same time, without the weights")
     print(json.dumps(results))
 
 

@@ -171,9 +171,10 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
     # False: peft would ask the hub whether the base model's vocabulary has another size.
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     state = {"step": step, "adapter": weights, "optimizer": optimizer.state_dict()}
+    state |= {"generator": generator.get_state(), "results": results}
     with whole_file(out / "checkpoint" / "state.pt") as temporary:
         try:
-            torch.save(state | {"generator": generator.get_state()}, temporary)
+            torch.save(state, temporary)
         except RuntimeError as error:  # torch's way to say that the disk is full
             raise OSError(str(error)) from error
     with tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
@@ -186,7 +187,7 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
 
 
 def load_checkpoint(out: Path, model, optimizer, generator) -> tuple[int, dict]:
-    """Restore a checkpoint. Returns its step and eval.json. Raises OSError or ValueError."""
+    """Restore a checkpoint. Returns its step and results. Raises OSError or ValueError."""
     file = out / "checkpoint" / "state.pt"
     if not file.is_file():
         raise FileNotFoundError("no checkpoint was saved there yet: start again with --overwrite")
@@ -196,13 +197,9 @@ def load_checkpoint(out: Path, model, optimizer, generator) -> tuple[int, dict]:
         set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
+        return state["step"], state["results"]
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{file} does not fit this model and these settings: {error}") from error
-    file = out / "eval.json"
-    try:
-        return state["step"], json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: start again with --overwrite ({error})") from error
 
 
 def model_card(s, step: int, results: dict) -> str:

@@ -1,4 +1,4 @@
-"""TUTORIAL.md: its examples, names, links, pictures and commands are those of the code as it stands."""
+"""TUTORIAL.md: its examples, names, links, pictures and commands fit the code."""
 
 import doctest
 import importlib
@@ -18,40 +18,54 @@ from benchmarks import ablations, failures
 
 ROOT = Path(samr1_mini.__file__).parent
 TEXT = (ROOT / "TUTORIAL.md").read_text()
-QUICK = "--steps 2 --prompts_per_step 2 --group_size 4 --eval_samples 12 --sample_every 100"
+QUICK = "--steps 2 --prompts_per_step 2 --group_size 4 --eval_samples 12 --save_every 100"
+RUN = "runs/shapes-tiny-0"
+# Commands that another file tests.
+ELSEWHERE = {
+    "python -m assignment.handout handout": "test_assignment.py",
+    "python -m assignment.grade handout": "test_assignment.py",
+    "python -m assignment.grade handout --hidden FOLDER": "test_assignment.py",
+    "python -m assignment.grade .": "test_assignment.py",
+    "python -m pytest -rs -m exercise_5 tests": "test_assignment.py",
+}
+HERE = {
+    "python samr1_mini.py train",
+    "python samr1_mini.py train --help",
+    f"python -m tools.report {RUN}",
+    "python -m tools.memory --preset qwen3b",
+    "python -m benchmarks.failures",
+    "python -m benchmarks.ablations",
+    "python -m benchmarks.ablations --table",
+}
+FIGURES = ("loop", "sheet", "seeds", "mask", "tiers")
+NAMES = r"`((?:(?:plumbing|tools)\.\w+|data|reward|grpo|samr1_mini)\.[A-Za-z_][\w.]*)(?=[`(])"
 
 
 def commands() -> set[str]:
-    """What stands in TUTORIAL as a line of its own or in backticks and begins with python or pytest."""
-    found = re.findall(r"^    ((?:\S+=\S+ )?(?:\S*python|pytest) .*?)(?:  +.*)?$", TEXT, re.MULTILINE)
-    return {re.sub(r"\S*bin/python", "python", c) for c in found + re.findall(r"`(python [^`]+?)`", TEXT)}
-
-
-# Commands with a test of their own elsewhere.
-ELSEWHERE = {
-    "python tests/handout.py handout": "test_assignment.py",
-    "python tests/grade.py handout": "test_assignment.py",
-    "python tests/grade.py handout --hidden FOLDER": "test_assignment.py",
-    "python tests/grade.py .": "test_assignment.py",
-    "python -m pytest -rs -m exercise_5 tests": "test_assignment.py",
-}
-FIGURES = ("loop", "sheet", "seeds", "mask", "tiers")
+    """The lines and the passages in backticks that begin with python or pytest."""
+    line = r"^    ((?:\S+=\S+ )?(?:\S*python|pytest) .*?)(?:  +.*)?$"
+    found = re.findall(line, TEXT, re.MULTILINE) + re.findall(r"`(python [^`]+?)`", TEXT)
+    return {re.sub(r"\S*bin/python", "python", command) for command in found}
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """A folder with a short run where the tutorial's commands expect one."""
     folder = tmp_path_factory.mktemp("tutorial")
-    samr1_mini.main([*f"train {QUICK} --out".split(), str(folder / "runs" / "shapes-tiny-0")])
+    samr1_mini.main([*f"train {QUICK} --out".split(), str(folder / RUN)])
     return folder
 
 
 def run(monkeypatch, folder: Path, command: str) -> None:
-    """Run `python FILE ...` in this process, in a folder."""
-    file, *more = command.split()[1:]
+    """Run `python FILE ...` or `python -m MODULE ...` in this process and in a folder."""
+    name, *arguments = command.removeprefix("python ").removeprefix("-m ").split()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [file, *more])
-    runpy.run_path(str(ROOT / file), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    if name.endswith(".py"):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    else:
+        monkeypatch.delitem(sys.modules, name, raising=False)  # else runpy warns
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def test_examples():
@@ -59,97 +73,125 @@ def test_examples():
     assert tried > 20 and not failed
 
 
-def test_every_name_is_in_the_code():
-    names = re.findall(r"`((?:data|reward|grpo|samr1_mini)\.[A-Za-z_][\w.]*)(?=[`(])", TEXT)
-    names = [name for name in names if not name.endswith(".py")]
-    assert len(set(names)) > 25
+def test_every_name_exists():
+    names = {name for name in re.findall(NAMES, TEXT) if not name.endswith(".py")}
+    assert len(names) > 25
     for name in names:
-        module, *rest = name.split(".")
-        reduce(getattr, rest, importlib.import_module(module))
-    for linked, file in re.findall(r"\[`(\w+)\.\w+`\]\((\w+)\.py\)", TEXT):
-        assert linked == file
-    for test, file in re.findall(r"`(test_\w+)` in `(tests/\w+\.py)`", TEXT):
+        parts = name.split(".")
+        split = 2 if parts[0] in ("plumbing", "tools") else 1
+        module = importlib.import_module(".".join(parts[:split]))
+        defined = reduce(getattr, parts[split:], module)
+        # Named where it is defined, and not where it is imported.
+        assert getattr(defined, "__module__", module.__name__) == module.__name__, name
+
+
+def test_every_linked_name_and_test_is_in_its_file():
+    links = re.findall(r"\[`([\w.]+)`\]\(([\w/]+)\.py\)", TEXT)
+    assert len(links) > 25
+    for name, file in links:
+        assert name.startswith(file.replace("/", ".") + "."), name
+    tests = re.findall(r"`(test_\w+)` in `(tests/\w+\.py)`", TEXT)
+    assert tests
+    for test, file in tests:
         assert f"def {test}(" in (ROOT / file).read_text()
 
 
-def test_every_setting_is_a_setting():
+def test_every_file_exists():
+    folders = "assets|assignment|benchmarks|examples|plumbing|tests|tiny|tools"
+    files = re.findall(rf"`((?:{folders})/[\w./]*|\w+\.py)`", TEXT)
+    assert "assignment/grade.py" in files and "data.py" in files
+    for file in files:
+        assert (ROOT / file).exists(), file
+
+
+def test_every_setting_exists():
     elsewhere = {"hidden", "seeds", "jobs", "exercises", "limit", "table", "help"}
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z_-]*)", TEXT)}
     assert flags - elsewhere <= set(samr1_mini.Settings.__dataclass_fields__)
 
 
-def test_links_and_pictures_are_there():
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^## (.*)$", TEXT, re.MULTILINE)}
+def test_every_link_and_picture_exists():
+    titles = re.findall(r"^## (.*)$", TEXT, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         if target.startswith("#"):
             assert target[1:] in anchors
         elif not target.startswith("https://"):
             assert (ROOT / target).is_file(), target
     for picture in (ROOT / "assets").glob("*.png"):
-        assert Image.open(picture).convert("RGBA").getextrema()[3] == (255, 255)  # its own ground: legible on a dark page too
+        alpha = Image.open(picture).convert("RGBA").getextrema()[3]
+        assert alpha == (255, 255)  # an opaque background is legible on a dark page too
 
 
-def test_every_chapter_asks_and_answers():
+def test_every_chapter_has_questions_and_answers():
     chapters = re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]
     for chapter in chapters[:9]:
-        asked = chapter.count("<details><summary>")
-        assert 3 <= asked <= 5, chapter.splitlines()[0]
-        assert asked == chapter.count("</details>")
+        questions = chapter.count("<details><summary>")
+        assert 3 <= questions <= 5, chapter.splitlines()[0]
+        assert questions == chapter.count("</details>")
 
 
 def test_every_command_is_run_by_a_test():
-    known = {*ELSEWHERE, *(f"python assets/figures.py {name}" for name in FIGURES)}
-    known |= {"python samr1_mini.py train", "python samr1_mini.py train --help", "python samr1_mini.py train --preset qwen3b --dry-run"}
-    known |= {"python samr1_mini.py report runs/shapes-tiny-0", "python benchmarks/failures.py"}
-    known |= {"python benchmarks/ablations.py", "python benchmarks/ablations.py --table"}
-    said = {re.sub(r"(figures.py \w+)( RUN| runs/\S+)*$", r"\1", command) for command in commands()}
-    assert said <= known, said - known
+    known = {*ELSEWHERE, *HERE, *(f"python -m tools.figures {name}" for name in FIGURES)}
+    figure = r"(tools\.figures \w+)(?: RUN| runs/\S+)*$"
+    found = {re.sub(figure, r"\1", command) for command in commands()}
+    assert found == known
     for file in ELSEWHERE.values():
         assert (ROOT / "tests" / file).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures_are_drawn(name, workplace, tmp_path, monkeypatch):
-    runs = {"mask": 0, "tiers": 0, "seeds": 3}.get(name, 1) * " runs/shapes-tiny-0"
-    run(monkeypatch, workplace, f"python assets/figures.py {name}{runs} --out {tmp_path / 'figure.png'}")
-    assert Image.open(tmp_path / "figure.png").width > 500
+def test_figures_are_drawn(name, folder, tmp_path, monkeypatch):
+    runs = {"mask": 0, "tiers": 0, "seeds": 3}.get(name, 1) * f" {RUN}"
+    out = tmp_path / "figure.png"
+    run(monkeypatch, folder, f"python -m tools.figures {name}{runs} --out {out}")
+    assert Image.open(out).width > 500
 
 
-def test_report_and_dry_run(workplace, monkeypatch, capsys):
-    run(monkeypatch, workplace, "python samr1_mini.py report runs/shapes-tiny-0")
-    page = (workplace / "runs" / "shapes-tiny-0" / "report.html").read_text()
-    assert "the largest circle" in page and "http://" not in page.replace("http://www.w3.org", "")
-    run(monkeypatch, workplace, "python samr1_mini.py train --preset qwen3b --dry-run")
+@pytest.mark.slow
+def test_report_memory_and_help(folder, monkeypatch, capsys):
+    run(monkeypatch, folder, f"python -m tools.report {RUN}")
+    page = (folder / RUN / "report.html").read_text()
+    assert "the largest circle" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    run(monkeypatch, folder, "python -m tools.memory --preset qwen3b")
     with pytest.raises(SystemExit):
-        run(monkeypatch, workplace, "python samr1_mini.py train --help")
-    said = capsys.readouterr().out
-    assert "expected peak" in said and "--eps_high" in said
+        run(monkeypatch, folder, "python samr1_mini.py train --help")
+    printed = capsys.readouterr().out
+    assert "expected peak" in printed and "--eps_high" in printed
 
 
-def test_a_sweep_goes_on_and_leaves_what_is_finished(workplace, tmp_path, monkeypatch, capsys):
-    """All of its runs but one are there: the one is trained, the table has them all, and the figure is drawn."""
+@pytest.mark.slow
+def test_a_sweep_continues_and_keeps_finished_runs(folder, tmp_path, monkeypatch, capsys):
+    """All runs but one are finished: one is trained, and table and figure hold all of them."""
     out, figure = tmp_path / "sweep", tmp_path / "figure.png"
-    folders = [ablations.folder(out, name, 0) for name in ablations.SETTINGS]
-    for folder in folders[:-1]:
-        shutil.copytree(workplace / "runs" / "shapes-tiny-0", folder)
-    began = [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in folders[:-1]]
-    always = f"python benchmarks/ablations.py --seeds 0 --jobs 1 --out {out} --figure {figure}"
-    run(monkeypatch, workplace, f"{always} --steps 2 --eval_samples 2")
-    assert began == [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in folders[:-1]]
-    assert len((folders[-1] / "metrics.jsonl").read_text().splitlines()) == 2
-    assert json.loads((folders[-1] / "config.json").read_text())["beta"] == 1e-9  # the setting of its name, "no KL"
-    said = capsys.readouterr().out
-    assert all(name in said for name in ablations.SETTINGS)
+    runs = [ablations.run_folder(out, name, 0) for name in ablations.SETTINGS]
+    for finished in runs[:-1]:
+        shutil.copytree(folder / RUN, finished)
+    logs = [finished / "metrics.jsonl" for finished in runs[:-1]]
+    before = [log.stat().st_mtime_ns for log in logs]
+    sweep = f"python -m benchmarks.ablations --seeds 0 --jobs 1 --out {out} --figure {figure}"
+    run(monkeypatch, folder, f"{sweep} --steps 2 --eval_samples 2")
+    assert before == [log.stat().st_mtime_ns for log in logs]
+    assert len((runs[-1] / "metrics.jsonl").read_text().splitlines()) == 2
+    config = json.loads((runs[-1] / "config.json").read_text())
+    assert config["beta"] == 1e-9  # the setting of the run that is called "no KL"
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ablations.SETTINGS)
     assert Image.open(figure).width > 500
-    run(monkeypatch, workplace, f"{always} --table")
-    assert said.split("Table 3")[1].split("figure:")[0] == capsys.readouterr().out.split("Table 3")[1].split("figure:")[0]
+    run(monkeypatch, folder, f"{sweep} --table")
+    tables = [text.split("Table 3")[1] for text in (printed, capsys.readouterr().out)]
+    assert tables[0].split("written to")[0] == tables[1].split("written to")[0]
 
 
-def test_failures_are_drawn_from_their_runs(workplace, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_failures_are_drawn_from_their_runs(folder, tmp_path, monkeypatch, capsys):
     for name, flags in failures.FAILURES.items():
-        shutil.copytree(workplace / "runs" / "shapes-tiny-0", tmp_path / name.replace(" ", "-"))
-        samr1_mini.parse_settings("train", flags.split())  # the flags are flags
-    run(monkeypatch, workplace, f"python benchmarks/failures.py --out {tmp_path} --figure {tmp_path / 'figure.png'}")
-    said = capsys.readouterr().out
-    assert all(name in said for name in failures.FAILURES)
-    assert Image.open(tmp_path / "figure.png").width > 500
+        shutil.copytree(folder / RUN, tmp_path / name.replace(" ", "-"))
+        samr1_mini.parse_settings("train", flags.split())  # raises if they are no flags
+    figure = tmp_path / "figure.png"
+    run(monkeypatch, folder, f"python -m benchmarks.failures --out {tmp_path} --figure {figure}")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in failures.FAILURES)
+    assert Image.open(figure).width > 500

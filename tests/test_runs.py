@@ -1,0 +1,307 @@
+"""A run's folder and the settings: whole files, marks, bounds, the samples of a step, timing."""
+
+import dataclasses
+import doctest
+import json
+import math
+import signal
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import BadSample, Shapes
+from grpo import Completions
+from plumbing import command_line, runs, settings
+from plumbing.settings import parse_settings
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_and_never_written_into(tmp_path):
+    """A reader of the old file keeps all of it. No half file ever has the final name."""
+    file = tmp_path / "folder" / "file.json"
+    runs.write_text(file, "old")
+    with open(file) as held:
+        runs.write_text(file, "new, and longer")
+        assert held.read() == "old"
+    assert file.read_text() == "new, and longer" and len(list(file.parent.iterdir())) == 1
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "file.json"
+    file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), runs.whole_file(file) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def open_run(out: Path, *inputs: Path, resume=False, overwrite=False, command="train") -> None:
+    runs.open_run(out, command, resume, overwrite, ["tiny", *map(str, inputs), "none"])
+
+
+def test_a_new_or_empty_folder_gets_the_mark(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new" / "run"):
+        open_run(out)
+        assert (out / runs.MARK).read_text() == "train"
+        open_run(out, resume=True)  # that is, a run that wrote nothing yet
+
+
+def test_a_run_is_replaced_only_with_overwrite(tmp_path):
+    out = tmp_path / "run"
+    open_run(out, command="eval")
+    for name in runs.RUN_FILES:
+        (out / name).mkdir() if "." not in name else (out / name).write_text("old")
+    (out / "adapter" / "weights").write_text("old")
+    (out / "config.tmp.json").write_text("old")  # left by a killed process
+    with pytest.raises(ValueError, match="--resume.*--overwrite"):
+        open_run(out)
+    assert len(list(out.iterdir())) == len(runs.RUN_FILES) + 2
+    open_run(out, overwrite=True)
+    assert [file.name for file in out.iterdir()] == [runs.MARK]
+    assert (out / runs.MARK).read_text() == "train"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "notes.txt", ".git"])
+def test_a_run_beside_other_files_is_not_replaced(name, tmp_path):
+    open_run(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("other")
+    with pytest.raises(ValueError, match=f"also holds {name}"):
+        open_run(tmp_path, overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_without_the_mark_is_not_replaced(tmp_path):
+    for name in ("config.json", "config.tmp.json", "thesis.txt"):
+        out = tmp_path / name.partition(".")[0]
+        out.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="other files than a run: name another one"):
+                open_run(out, overwrite=overwrite)
+        assert (out / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("where", ["the folder", "inside", "linked", "through a link", "file"])
+def test_an_input_is_never_an_output(where, tmp_path):
+    out = tmp_path / "run"
+    open_run(out)
+    (out / "adapter").mkdir()
+    (out / "adapter" / "weights").write_text("trained")
+    (tmp_path / "link").symlink_to(out)
+    inputs = {
+        "the folder": (out, out),
+        "inside": (out, out / "adapter"),
+        "linked": (tmp_path / "link", out / "adapter"),
+        "through a link": (out, tmp_path / "link" / "adapter"),
+        "file": (out, f"vit_b:{out}/adapter/weights"),
+    }
+    folder, name = inputs[where]
+    with pytest.raises(ValueError, match="which this command reads: name another folder"):
+        open_run(folder, name, overwrite=True)
+    assert (out / "adapter" / "weights").read_text() == "trained"
+
+
+def test_only_a_link_in_a_run_is_deleted_and_not_its_target(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "figure.png").write_text("figure")
+    open_run(tmp_path / "run")
+    (tmp_path / "run" / "samples").symlink_to(tmp_path / "elsewhere")
+    open_run(tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "samples").exists()
+    assert (tmp_path / "elsewhere" / "figure.png").read_text() == "figure"
+
+
+def test_a_run_is_resumed_by_its_own_command_only(tmp_path):
+    open_run(tmp_path / "run", command="eval")
+    for out in (tmp_path / "run", tmp_path / "none"):
+        with pytest.raises(ValueError, match="not the folder of a `train` run"):
+            open_run(out, resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_metrics_are_cropped_to_the_checkpoint(tmp_path):
+    s = parse_settings("train", ["--lr", "0.5"])
+    rows = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"st')
+    assert runs.start_metrics(tmp_path, s, 2) == [{"step": 1}, {"step": 2}]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:2]
+    assert runs.start_metrics(tmp_path, s, 0) == []
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["lr"] == 0.5 and config["out"] == str(tmp_path) and not config["resume"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------
+
+
+def test_defaults_and_presets_are_valid_and_a_flag_wins():
+    for command in settings.CLASSES:
+        for preset in settings.PRESETS:
+            assert not settings.problem(parse_settings(command, ["--preset", preset]))
+    assert parse_settings("train", ["--preset", "qwen7b"]).rollout_prompts == 4
+    flags = ["--rollout_prompts", "2", "--preset", "qwen7b", "--sam_offload", "false"]
+    s = parse_settings("train", flags)
+    assert s.rollout_prompts == 2 and not s.sam_offload and s.side == 840
+
+
+def test_every_number_has_a_lower_bound_and_every_setting_a_help_text():
+    tables = (settings.AT_LEAST, settings.ABOVE, settings.AT_MOST)
+    bounded = [{name for text in table.values() for name in text.split()} for table in tables]
+    seen = set()
+    for cls, _ in settings.CLASSES.values():
+        for field in dataclasses.fields(cls):
+            seen.add(field.name)
+            assert field.metadata["help"]
+            if field.type in (int, float):
+                assert field.name in bounded[0] | bounded[1], field.name
+    assert set().union(*bounded, settings.MAY_CHANGE) <= seen
+    for values in settings.PRESET_VALUES.values():
+        assert set(values) <= seen
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_decimal_number_must_be_finite(value):
+    hints = typing.get_type_hints(settings.Settings)
+    names = [name for name, kind in hints.items() if kind is float]
+    assert "lr" in names
+    for name in names:
+        s = dataclasses.replace(settings.Settings(), **{name: value})
+        assert settings.problem(s) == f"--{name} must be a finite number"
+
+
+@pytest.mark.parametrize(
+    "name, bad, good",
+    [
+        ("seed", -1, 0),
+        ("seed", 2**63, 2**63 - 1),
+        ("group_size", 1, 2),
+        ("steps", -1, 0),
+        ("side", 0, 1),
+        ("eps_low", 1.01, 1.0),
+        ("top_p", 0.0, 0.01),
+        ("top_p", 1.01, 1.0),
+        ("temperature", 0.0, 0.01),
+        ("beta", -0.1, 0.0),
+        ("lora_rank", 0, 1),
+        ("minibatches", 3, 4),
+    ],
+)
+def test_bounds_are_exact(name, bad, good):
+    s = settings.Settings()
+    assert settings.problem(dataclasses.replace(s, **{name: bad})).startswith(f"--{name} must ")
+    assert not settings.problem(dataclasses.replace(s, **{name: good}))
+
+
+def test_an_error_about_a_file_is_one_line_and_a_bug_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped, command_line.exit_on_error("--data FOLDER"):
+        raise ValueError("two\nlines")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "samr1_mini.py: --data FOLDER: two lines\n"
+    with pytest.raises(TypeError), command_line.exit_on_error("--data FOLDER"):
+        raise TypeError("a bug")
+    with pytest.raises(ValueError), command_line.exit_on_error("--out FOLDER", (OSError,)):
+        raise ValueError("a bug")
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples of a step, interruption, numbers
+# --------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_takes_every_sample_once_in_its_own_order():
+    chosen = [i for step in range(10) for i in runs.indices(step, 4, 20, seed=0)]
+    assert sorted(chosen[:20]) == sorted(chosen[20:]) == list(range(20))
+    assert chosen[:20] != chosen[20:]
+    assert chosen[:4] != runs.indices(0, 4, 20, seed=1)
+    # A step may contain the end of an epoch.
+    chosen = [i for step in range(5) for i in runs.indices(step, 4, 10, seed=0)]
+    assert sorted(chosen[:10]) == sorted(chosen[10:]) == list(range(10))
+
+
+class Broken(Shapes):
+    """Scenes of which only those with an index in `usable` can be read."""
+
+    usable: tuple[int, ...] = ()
+
+    def __getitem__(self, index):
+        if index not in self.usable:
+            raise BadSample(f"{index} is broken")
+        return super().__getitem__(index)
+
+
+def test_a_bad_sample_is_replaced_by_the_next_good_one(capsys):
+    scenes = Broken("train", size=10)
+    scenes.usable = (1, 4)
+    batch, skipped = runs.load_samples(scenes, [1, 2, 5])
+    assert [one.id.rsplit("-", 1)[1] for one in batch] == ["1", "4", "1"]
+    assert skipped == 2 + 6
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 8 and errors[0] == "skipped: 2 is broken"
+
+
+def test_a_hundred_bad_samples_in_a_row_end_the_run():
+    with pytest.raises(SystemExit, match="--data: 100 samples in a row"):
+        runs.load_samples(Broken("train", size=10), [0])
+
+
+def test_the_second_signal_ends_the_run_at_once(tmp_path, capsys):
+    stop = runs.StopSignal()
+    assert not stop.number
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert signal.getsignal(number) == signal.SIG_DFL
+    with pytest.raises(SystemExit) as stopped:
+        stop.exit(tmp_path, 3)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"train --resume --out {tmp_path}" in capsys.readouterr().out
+
+
+def test_the_timer_measures_each_phase():
+    timer = runs.PhaseTimer(torch.device("cpu"))
+    timer.end("rollout")
+    timer.end("update")
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    row = timer.row(Completions(mask.long(), mask))
+    assert set(row) == {
+        *("seconds_rollout", "seconds_update", "peak_mib_rollout", "peak_mib_update"),
+        *("tokens_per_second", "peak_mib"),
+    }
+    assert all(value >= 0 and math.isfinite(value) for value in row.values())
+
+
+def test_the_table_of_a_run_is_printed(tmp_path, capsys):
+    before = {"giou": 0.4, "ciou": 0.3, "format": 0.9, "box": 0.5, "n": 8}
+    ceiling = {"giou": 0.9, "ciou": 0.95, "n": 8}
+    results = {"before": before, "ceiling": ceiling, "after": before | {"giou": 0.65}}
+    row = {"reward": 2.0, "iou": 0.25, "clip_low": 0.01, "clip_high": 0.02}
+    (tmp_path / "samples").mkdir()
+    runs.print_table(results, [row, row | {"reward": 4.0}], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line]
+    assert names[1:4] == ["before", "after", "ceiling"]
+    assert "gap to the ceiling closed: 50 %" in lines
+    assert "mean reward (of 6): 2.00 -> 4.00 (first 1 and last 1 steps)" in lines
+    assert lines[-1] == f"written to {tmp_path}: samples/"
+
+
+@pytest.mark.parametrize("module", [runs, settings, command_line])
+def test_docstring_examples(module):
+    assert not doctest.testmod(module).failed
