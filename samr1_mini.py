@@ -126,6 +126,7 @@ def train(s: Settings) -> None:
     if s.resume:  # a resumed run has its first evaluation already
         with exit_on_error(f"--resume {out}"):
             first, results = runs.load_checkpoint(out, policy.model, optimizer, generator)
+            results.pop("after", None)
     with exit_on_error(f"--out {out}"):
         metrics = runs.start_metrics(out, s, first)
     if not results:
@@ -408,7 +409,7 @@ def segment(s: SegmentSettings) -> None:
     one = Sample(image, query, np.zeros((image.height, image.width), bool), None, s.image)
     completions = sample_completions(policy, policy.read([one]), s, greedy=True)
     text = policy.texts(completions)[0][0]
-    scorer = SamScorer(sam, policy.device)
+    scorer = SamScorer(sam, policy.device, offload=s.sam_offload)
     scores = score_completions(scorer, [one], [[text]], policy.frame, keep_masks=True)
     answer, prompt = scores.answers[0][0], scores.prompts[0][0]
     mask = scores.overlap.masks[0][0].cpu().numpy()

@@ -13,8 +13,10 @@ and it resumes where it stopped. COCO's training images are 13 GB, and 3,000 of 
 """
 
 import argparse
+import errno
 import hashlib
 import http.client
+import lzma
 import os
 import shutil
 import signal
@@ -163,8 +165,12 @@ def unpack(archive: Path, files: list[Path]) -> None:
                     shutil.copyfileobj(source, target)
                 os.replace(part, file)
     # zipfile raises RuntimeError for an encrypted entry or an unknown method
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         raise ValueError(f"the archive cannot be unpacked ({error})") from error
+    except OSError as error:  # from a decompressor, or a wrong offset; else it is the disk's
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise ValueError(f"the archive is damaged ({error})") from error
 
 
 # --------------------------------------------------------------------------------------------------

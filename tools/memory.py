@@ -10,6 +10,7 @@ import sys
 
 from plumbing.command_line import exit_on_error
 from plumbing.memory import Parts, expected_memory
+from plumbing.sam import SAM_SIZES
 from plumbing.settings import parse_settings
 from plumbing.vlm import vlm_path
 from samr1_mini import LORA_TARGETS
@@ -32,6 +33,9 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return print(__doc__)
     s = parse_settings("train", argv)
+    with exit_on_error("--sam"):
+        if s.sam.partition(":")[0] not in SAM_SIZES:
+            raise ValueError(f"no SAM is called {s.sam!r}: use {', '.join(SAM_SIZES)}")
     with exit_on_error(f"--vlm {s.vlm}"):
         expected = expected_memory(s, vlm_path(s.vlm), LORA_TARGETS)
     print_memory(expected)
