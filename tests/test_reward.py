@@ -28,6 +28,7 @@ from plumbing.sam import (
     load_sam,
     upsample_masks,
 )
+from plumbing.scenes import interior_points
 from reward import (
     ACCURACY_REWARDS,
     Answer,
@@ -35,12 +36,15 @@ from reward import (
     SamPrompt,
     SamScorer,
     accuracy_reward,
+    box_ious,
     decode_masks,
     intersection_and_union,
     parse_answer,
     sam_prompt,
     score_completions,
+    segzero_reward,
     tiered_reward,
+    true_box,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -48,11 +52,16 @@ from reward import (
 # --------------------------------------------------------------------------------------------------
 
 BODY = '{"bbox":[1,2,30,40],"points_1":[5,6],"points_2":[7,8]}'
+OTHER = '{"bbox":[11,12,13,14],"points_1":[15,16],"points_2":[17,18]}'
 BOX, POINTS = (1.0, 2.0, 30.0, 40.0), ((5.0, 6.0), (7.0, 8.0))
 SINGLE_QUOTES = BODY.replace('"', "'")
 OTHER_ORDER = '{ "points_2" : [7, 8],\n "bbox" : [ 1, 2,\t30, 40 ], "points_1" : [5, 6] }'
 DECIMALS = '{"bbox":[1.0,2e0,3.0E+1,40],"points_1":[5.0,6],"points_2":[7,8.000]}'
 OTHER_KEYS = BODY[:-1] + ',"label":"it\'s \\"red\\"","extra":[[1,{"a":null}],true]}'
+APOSTROPHE = SINGLE_QUOTES[:-1] + ", 'label': \"the dog's\", 'none': None, 'yes': True}"
+TRAILING_COMMAS = BODY.replace("]", ",]").replace("}", ",}")
+PYTHON_NUMBERS = BODY.replace("1,2,30", "1.,+2,3_0.").replace("5,6", "0x5,6.e0")
+NO_BREAK = "\ufeff" + BODY.replace(",", ",\u00a0").replace(":", "\u00a0:")
 
 
 def wrap(body, thought="the red one"):
@@ -73,11 +82,58 @@ def wrap(body, thought="the red one"):
         wrap(f"```{BODY}```"),
         wrap(f"\n  ```json{SINGLE_QUOTES}```  \n"),
         wrap(OTHER_KEYS),
+        wrap(APOSTROPHE),
+        wrap(TRAILING_COMMAS),
+        wrap(PYTHON_NUMBERS),
+        wrap(f"({BODY})"),
+        wrap(f"(\n({SINGLE_QUOTES}))"),
+        wrap(f"{BODY}  # done"),
+        *(wrap(f"```{name}\n{BODY}\n```") for name in ("JSON", "python", "json5", "")),
+        wrap(f"```python\n{APOSTROPHE}"),  # a fence that is not closed
+        wrap(NO_BREAK),
+        wrap(f"\u00a0```json\ufeff\n{NO_BREAK}\n```\u00a0"),
         wrap(BODY) + "\u00a0\u2003",  # white space of Unicode
     ],
 )
 def test_all_ways_to_write_an_answer_are_accepted(text):
     assert parse_answer(text) == Answer(True, True, BOX, POINTS, "the red one")
+
+
+LAST = [
+    f"<think>the red one</think><answer>[1]</answer><answer>{BODY}</answer>",
+    f"<think>the red one</think><answer>{OTHER}</answer> no: <answer>{BODY}</answer>",
+    f"<think>the red one</think><answer><answer>{BODY}</answer>",  # opened twice
+]
+
+
+@pytest.mark.exercise_1
+@pytest.mark.parametrize("text", LAST)
+def test_last_answer_after_the_thought_counts(text):
+    assert parse_answer(text) == Answer(False, True, BOX, POINTS, "the red one")
+
+
+@pytest.mark.exercise_1
+@pytest.mark.parametrize(
+    "before, thought",
+    [
+        (f"<answer>{BODY}</answer>", "why"),
+        ("", f"why <answer>{BODY}</answer>"),
+        (f"<answer>{BODY}</answer>", f"why <answer>{BODY}</answer>"),
+    ],
+)
+def test_answer_before_or_in_the_thought_never_counts(before, thought):
+    """Otherwise a policy could guess first and reason afterwards."""
+    begin = f"{before}<think>{thought}</think>"
+    assert parse_answer(begin) == Answer(False, False, None, (), thought)
+    found = parse_answer(f"{begin}<answer>{OTHER}</answer>")
+    assert found == Answer(not before, True, (11, 12, 13, 14), ((15, 16), (17, 18)), thought)
+
+
+@pytest.mark.exercise_1
+@pytest.mark.parametrize("tags", ["<answer>", "</answer>", "</answer> <answer>", "<answer> a"])
+def test_reasoning_may_mention_the_tags_of_the_answer(tags):
+    thought = f"then {tags} follows"
+    assert parse_answer(wrap(BODY, thought)) == Answer(True, True, BOX, POINTS, thought)
 
 
 def answer_without(part):
@@ -134,14 +190,17 @@ def test_invalid_point_is_dropped(value):
     assert parse_answer(wrap(body)) == Answer(True, False, BOX, POINTS[1:], "the red one")
 
 
-SYNTAX_ERRORS = [("1,2", "1,,2"), ("1,2", "01,2"), ("1,2", "0x1,2"), ("1,2", "+1,2")]
-SYNTAX_ERRORS += [("1,2", "1.,2"), ("1,2", "1_0,2"), ("1,2", "१,2"), ("]", ",]"), (":", "=")]
-SYNTAX_ERRORS += [('"', ""), ("}", ""), ("{", "("), ("}", "}}")]
+SYNTAX_ERRORS = [("1,2", "1,,2"), ("1,2", "01,2"), ("1,2", "1 2"), ("1,2", "१,2"), (":", "=")]
+SYNTAX_ERRORS += [("1,2", "0+1,2"), ("1,2", "f(1),2"), ("1,2", "x,2"), ("1,2", "*[1,2]")]
+SYNTAX_ERRORS += [('"', ""), ("}", ""), ("{", "("), ("}", "}}"), ("]", ",,]")]
 NO_OBJECTS = ["", "null", "[]", "[1,2,30,40]", '"text"', "7", "{}", "{", BODY + BODY, f"[{BODY}]"]
 NO_OBJECTS += [f'{{"answer":{BODY}}}', f"the answer is {BODY}", f"{BODY} that is all"]
-NO_OBJECTS += [f"({BODY})", BODY.upper()]
-# Nested deeper than Python's stack.
+NO_OBJECTS += [f"({BODY},)", f"dict({BODY})", BODY.upper(), "{[1]: 2}", "{{}: 1}", "{**{}}"]
+NO_OBJECTS += [f"``{BODY}``", f"```json {BODY} ``` or", "\0", "\ud800", "'", "{'a': '\\d'}"]
+# Nested deeper than the stack of Python or of its two parsers.
 TOO_DEEP = ['{"a":' * 390 + "1" + "}" * 39, "[" * 1990, "[" * 995 + "]" * 995]
+TOO_DEEP += ["(" * 995 + ")" * 995, "-" * 1990 + "1", "1+" * 990 + "1", "{1:" * 600, "f'" * 900]
+TOO_DEEP += ["not " * 490 + "1", "a" + ".a" * 900, "lambda:" * 280 + "1", "\\\n" * 990 + "1"]
 
 
 @pytest.mark.exercise_1
@@ -173,18 +232,19 @@ def test_answer_that_is_no_json_object_with_these_keys_gives_nothing(body):
         (f"why</think><answer>{BODY}</answer>", False, True),
         (f"<think>why</think><answer>{BODY}", False, False),
         (f"<think>why</think>{BODY}</answer>", False, False),
-        (f"<answer>{BODY}</answer><think>why</think>", False, True),  # wrong order
+        (f"<answer>{BODY}</answer><think>why</think>", False, False),  # wrong order
         (f"</think>why<think><answer>{BODY}</answer>", False, True),
         (f"<think>why</think></answer>{BODY}<answer>", False, False),
         (f"<think>why</think></answer><answer>{BODY}", False, False),
-        (f"<think>why<answer>{BODY}</answer></think>", False, True),  # nested
+        (f"<think>why<answer>{BODY}</answer></think>", False, False),  # nested
         (f"<answer><think>why</think>{BODY}</answer>", False, False),
         (f"<think>why<answer></think>{BODY}</answer>", False, False),
         (f"<think>a</think><think>b</think><answer>{BODY}</answer>", False, True),  # repeated
         (f"<think><think>a</think><answer>{BODY}</answer>", False, True),
-        (f"<think>a</think><answer>{BODY}</answer><answer>{BODY}</answer>", False, False),
-        (f"<think>a</think><answer>{BODY}</answer></answer>", False, False),
-        (f"<think>a <answer> b</think><answer>{BODY}</answer>", False, False),
+        (f"<think>a</think><answer>{BODY}</answer><answer>{BODY}</answer>", False, True),
+        (f"<think>a</think><answer>{BODY}</answer></answer>", True, False),
+        (f"<think>a <answer> b</think><answer>{BODY}</answer>", True, True),
+        (f"<think>a <think> b</think><answer>{BODY}</answer>", False, True),
         (f"Sure! {wrap(BODY)}", False, True),  # text outside of the blocks
         (f"{wrap(BODY)} Done.", False, True),
         (f"<think>a</think> so <answer>{BODY}</answer>", False, True),
@@ -446,8 +506,7 @@ def test_masks_equal_those_of_sam_predictor(scenes, mixed, predicted, scorer):
     assert overlap.iou.max() > 0.5  # so the masks are not arbitrary
 
 
-@pytest.mark.exercise_2
-@pytest.mark.exercise_3
+@pytest.mark.exercise_2  # exercise 3 is solved before, so this test is none of its own
 def test_iou_equals_that_of_pycocotools(scenes, mixed, scorer):
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     for b, sample in enumerate(scenes):
@@ -682,13 +741,169 @@ def test_raw_iou_reward_has_the_same_range():
     assert rewards.flatten().tolist() == pytest.approx([0, 1, 3.2, 4])
 
 
+# Rewards without SAM. The true box of `scene` is 400 x 200 pixels in an image of 840 x 840.
+
+
+def scene(width=840, height=840, box=(200, 100, 600, 300)):
+    """A blank image whose true mask is a box, with a hole in its middle."""
+    x1, y1, x2, y2 = box
+    mask = np.zeros((height, width), bool)
+    mask[y1:y2, x1:x2] = True
+    mask[y1 + 50 : y2 - 50, x1 + 50 : x2 - 50] = False
+    return SimpleNamespace(image=Image.new("RGB", (width, height)), mask=mask)
+
+
+def nothing_in_it():
+    image = Image.new("RGB", (840, 840))
+    return SimpleNamespace(image=image, mask=np.zeros((840, 840), bool))
+
+
+def test_box_ious_by_hand():
+    found = [
+        (200, 100, 600, 300),  # the true box
+        (200, 100, 400, 300),  # half of it
+        (400, 200, 800, 400),  # 200 x 100 of 140,000 pixels are shared
+        (600, 100, 840, 300),  # they only touch
+        (190.5, 100, 600, 300),
+    ]
+    expected = [1, 1 / 2, 1 / 7, 0, 400 / 409.5]
+    prompts = [SamPrompt(box, ((1.0, 1.0),)) for box in found] + [SamPrompt(None, ())]
+    ious = box_ious([scene(), nothing_in_it()], [prompts, prompts])
+    assert ious.dtype == torch.float32 and ious.shape == (2, 6)
+    assert ious[0].tolist() == pytest.approx([*expected, 0])
+    assert ious[1].tolist() == [0] * 6  # nothing is there: also without a box
+
+
+def test_true_box_is_the_tightest_one():
+    assert true_box(scene().mask) == (200, 100, 600, 300)
+    assert true_box(nothing_in_it().mask) is None
+    one = np.zeros((10, 20), bool)
+    one[3, 7] = True
+    assert true_box(one) == (7, 3, 8, 4)
+
+
+@pytest.fixture
+def labels(monkeypatch):
+    """The two labelled points of Seg-Zero's reward, for every mask."""
+    labels = ((300.0, 130.0), (500.0, 270.0))
+    monkeypatch.setattr(reward, "interior_points", lambda mask: labels)
+    return labels
+
+
+def thirds(sample, box, points=(), frame=840, in_mask=False):
+    """How many of the three parts of Seg-Zero's reward a prompt earns; each is worth 4/3."""
+    earned = segzero_reward([sample], [[SamPrompt(box, tuple(points))]], frame, in_mask)
+    assert earned.shape == (1, 1) and earned.dtype == torch.float32
+    number = earned.item() * 3 / 4
+    assert number == pytest.approx(round(number))
+    return round(number)
+
+
+def shifted(right, down, box=(200, 100, 600, 300)):
+    return (box[0] + right, box[1] + down, box[2] + right, box[3] + down)
+
+
+def test_segzero_rewards_the_overlap_of_the_boxes(labels):
+    # Half of the true box has IoU 0.5, and its right edge is 200 pixels away: 50 on average.
+    assert thirds(scene(), (200, 100, 400, 300)) == 0
+    assert thirds(scene(), (200, 100, 401, 300)) == 1
+    assert thirds(scene(), None, labels) == 0
+    assert thirds(nothing_in_it(), (200, 100, 600, 300), labels) == 0
+
+
+@pytest.mark.parametrize(
+    "size, frame, right, down, close",
+    [
+        *(((840, 840), 840, 9.9, 9.9, True), ((840, 840), 840, 10, 10, False)),
+        *(((840, 840), 840, 19.9, 0, True), ((840, 840), 840, 20, 0, False)),  # a mean of four
+        *(((420, 420), 840, 4.9, 4.9, True), ((420, 420), 840, 5, 5, False)),  # 2 : 1
+        # Each axis has its own scale: here x counts four times and y once.
+        *(((210, 840), 840, 4.9, 0, True), ((210, 840), 840, 5, 0, False)),
+        *(((210, 840), 840, 0, 19.9, True), ((210, 840), 840, 0, 20, False)),
+        # A policy image of 64 pixels: two of them are 26.25. Of 168: the limit is 10.
+        *(((840, 840), 64, 26, 26, True), ((840, 840), 64, 26.25, 26.25, False)),
+        *(((840, 840), 168, 9.9, 9.9, True), ((840, 840), 168, 10, 10, False)),
+        *(((840, 840), 1000, 9.9, 9.9, True), ((840, 840), 1000, 10, 10, False)),
+    ],
+)
+def test_segzero_rewards_a_box_below_ten_pixels_away(labels, size, frame, right, down, close):
+    box = (100, 100, 200, 500) if size == (210, 840) else (100, 100, 400, 400)
+    sample = scene(*size, box=box)
+    assert thirds(sample, shifted(right, down, box), frame=frame) == 1 + close
+
+
+SHIFTED_POINTS = [  # (the points, whether they are in the true box and near the labels)
+    (((300, 130), (500, 270)), True),
+    (((500, 270), (300, 130)), True),  # in the other order
+    (((399, 130), (401, 270)), True),  # 99 pixels each
+    (((401, 130), (399, 270)), False),  # 101 each; in the other order 171
+    (((300, 130), (301, 270)), True),  # 0 and 199
+    (((300, 130), (299, 270)), False),  # 0 and 201
+    (((300, 100), (600, 270)), True),  # on the border of the true box
+    (((300, 99), (500, 270)), False),  # outside of it
+    (((300, 130), (601, 270)), False),
+    (((300, 130),), False),  # one point
+    ((), False),
+]
+
+
+@pytest.mark.parametrize("points, near", SHIFTED_POINTS)
+def test_segzero_rewards_points_near_the_labels(labels, points, near):
+    assert thirds(scene(), (200, 100, 600, 300), points) == 2 + near
+
+
+def test_segzero_measures_the_distance_of_points_in_pixels_of_840(monkeypatch):
+    monkeypatch.setattr(reward, "interior_points", lambda mask: ((100.0, 150.0), (100.0, 250.0)))
+    sample, box = scene(420, 840, box=(20, 100, 380, 300)), (20, 100, 380, 300)
+    assert thirds(sample, box, ((149, 150), (149, 250))) == 3  # 98 pixels to the right
+    assert thirds(sample, box, ((151, 150), (151, 250))) == 2  # 102
+    # 52 and 48 pixels down. Scaled like x, they would be 100 on average.
+    assert thirds(sample, box, ((100, 202), (100, 298))) == 3
+
+
+def test_the_labels_of_segzero_are_interior_points():
+    sample = scene()
+    assert thirds(sample, (200, 100, 600, 300), interior_points(sample.mask)) == 3
+    assert all(sample.mask[int(y), int(x)] for x, y in interior_points(sample.mask))
+
+
+@pytest.mark.parametrize(
+    "points, inside",
+    [
+        (((201, 101), (599, 299)), True),  # however far from the labels
+        (((300, 130), (500, 270)), True),
+        (((300, 130), (500, 200)), False),  # one in the hole
+        (((500, 200), (300, 130)), False),
+        (((300, 130), (700, 130)), False),  # one outside
+        (((300, 130), (500, 249.9)), False),  # the pixel is y = 249, in the hole
+        (((300, 130), (500, 250)), True),
+        (((300, 130),), False),
+    ],
+)
+def test_segzero_mask_rewards_points_in_the_mask(labels, points, inside):
+    assert thirds(scene(), (200, 100, 600, 300), points, in_mask=True) == 2 + inside
+
+
+def test_a_point_on_the_far_edge_of_the_image_is_in_its_last_pixel(labels):
+    sample, box = scene(840, 840, box=(440, 540, 840, 840)), (440, 540, 840, 840)
+    assert thirds(sample, box, ((840, 840), (840.0, 600)), in_mask=True) == 3
+
+
+def test_segzero_scores_each_completion_of_each_sample(labels):
+    samples = [scene(), scene(box=(0, 0, 400, 200)), nothing_in_it()]
+    exact = SamPrompt((200, 100, 600, 300), labels)
+    no_points = SamPrompt((0, 0, 400, 200), ())
+    earned = segzero_reward(samples, [[exact, no_points]] * 3, 840, in_mask=False)
+    assert earned.flatten().tolist() == pytest.approx([4, 0, 0, 8 / 3, 0, 0])
+
+
 def true_answer(sample, think=True, points=True, frame=64):
-    """A completion with the true box of a sample, and its centre as the points."""
+    """A completion with the true box of a sample and two good points, or only one."""
     y, x = np.nonzero(sample.mask)
     to_x, to_y = frame / sample.image.width, frame / sample.image.height
     box = [x.min() * to_x, y.min() * to_y, (x.max() + 1) * to_x, (y.max() + 1) * to_y]
-    centre = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
-    answer = {"bbox": box, "points_1": centre} | ({"points_2": centre} if points else {})
+    first, second = ([x * to_x, y * to_y] for x, y in interior_points(sample.mask))
+    answer = {"bbox": box, "points_1": first} | ({"points_2": second} if points else {})
     return wrap(json.dumps(answer)) if think else f"<answer>{json.dumps(answer)}</answer>"
 
 
@@ -700,7 +915,14 @@ def test_reward_is_the_sum_of_its_parts(scorer, samples, kind):
     B = len(samples)
     assert scores.think_format.tolist() == [[1, 0, 1, 0]] * B
     assert scores.answer_format.tolist() == [[1, 1, 0, 0]] * B
-    assert torch.equal(scores.accuracy, accuracy_reward(scores.iou, kind))
+    frame, in_mask = 64, kind == "segzero_mask"
+    if kind == "box":
+        expected = tiered_reward(box_ious(samples, scores.prompts))
+    elif kind.startswith("segzero"):
+        expected = segzero_reward(samples, scores.prompts, frame, in_mask)
+    else:
+        expected = accuracy_reward(scores.iou, kind)
+    assert torch.equal(scores.accuracy, expected)
     total = scores.accuracy + scores.think_format + scores.answer_format
     assert torch.equal(scores.reward, total)
     assert 5 < scores.reward.max() <= 6 and scores.reward.min() == 0
@@ -720,34 +942,52 @@ def test_frame_must_be_that_of_the_answers(scorer, samples):
 # Hostile completions
 # --------------------------------------------------------------------------------------------------
 
-NUMBER = r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+NUMBER = r"[-+]?(?:0x[0-9]+|(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
+
+
+def find_answer(text):
+    """(thought, the text outside of the two blocks, the text inside the answer), None if missing.
+
+    `parts` holds texts and tags in turn. The answer is the last one after the thought, if there is
+    one thought.
+    """
+    parts = re.split("(</?(?:think|answer)>)", text)
+    opened, closed = ([k for k, p in enumerate(parts) if p == t] for t in ("<think>", "</think>"))
+    thought, outside, first = None, "", 0
+    if len(opened) == len(closed) == 1 and opened < closed:
+        thought = "".join(parts[opened[0] + 1 : closed[0]])
+        outside, first = "".join(parts[: opened[0]]), closed[0] + 1
+    ends = [k for k in range(first, len(parts)) if parts[k] == "</answer>"]
+    starts = [k for k in range(first, ends[-1] if ends else 0) if parts[k] == "<answer>"]
+    if not starts:
+        return thought, None, None
+    outside += "".join(parts[first : starts[-1]] + parts[ends[-1] + 1 :])
+    return thought, outside, "".join(parts[starts[-1] + 1 : ends[-1]])
 
 
 def read_formats(text):
-    """(think, answer): the two formats, read with regular expressions and not with a JSON parser.
+    """(think, answer): the two formats, read with regular expressions and not with a parser.
 
-    `think` is exact. `answer` is necessary for the reward: one answer block with braces that hold
-    a box with ordered corners and two points, in ASCII numbers.
+    `think` is exact. `answer` is necessary for the reward: braces that hold a box with ordered
+    corners and two points, in ASCII numbers.
     """
-    parts = re.split("(</?(?:think|answer)>)", text)
-    tags = parts[1::2]
-    thought = tags == ["<think>", "</think>", "<answer>", "</answer>"] and parts[2].strip()
-    think = bool(thought and not (parts[0] + parts[4] + parts[8]).strip())
-    if tags.count("<answer>") != 1 or tags.count("</answer>") != 1:
-        return think, False
-    if tags.index("<answer>") > tags.index("</answer>"):
-        return think, False
-    body = text[text.index("<answer>") + 8 : text.index("</answer>")]
+    thought, outside, body = find_answer(text)
+    if body is None:
+        return False, False
+    think = bool(thought and thought.strip() and not outside.strip())
+
+    def value(number):
+        return float(int(number, 16)) if "x" in number else float(number)
 
     def lists(key, count):
         inner = r"\s*,\s*".join([f"({NUMBER})"] * count)
-        pattern = rf"""["']{key}["']\s*:\s*\[\s*{inner}\s*\]"""
-        found = [tuple(map(float, m.groups())) for m in re.finditer(pattern, body)]
+        pattern = rf"""["']{key}["']\s*:\s*\[\s*{inner}\s*,?\s*\]"""
+        found = [tuple(map(value, m.groups())) for m in re.finditer(pattern, body)]
         return [numbers for numbers in found if max(map(abs, numbers)) <= 1e6]
 
     boxes = [box for box in lists("bbox", 4) if box[0] < box[2] and box[1] < box[3]]
     points = [lists(key, 2) for key in ("points_1", "points_2")]
-    braces = re.fullmatch(r"\s*(```(json)?)?\s*\{.*\}\s*(```)?\s*", body, re.DOTALL)
+    braces = re.fullmatch(r"\s*(```\w*)?[\s(]*\{.*\}[\s)]*(```)?\s*", body, re.DOTALL)
     return think, bool(braces and boxes and all(points))
 
 
@@ -760,7 +1000,7 @@ VALUES = st.one_of(
     # Hypothesis cannot generate subnormal numbers while torch flushes them to 0.
     st.floats(allow_subnormal=False).map(repr),
 )
-CHANGES = st.sampled_from(("drop", "double", "swap", "quotes", "fence"))
+CHANGES = st.sampled_from(("drop", "double", "swap", "quotes", "fence", "parentheses"))
 CHANGES = st.tuples(st.integers(0, 11), st.integers(0, 11), CHANGES)
 
 
@@ -781,8 +1021,9 @@ def answers(draw):
     for place, other, change in draw(st.lists(CHANGES, max_size=2)):
         if change == "quotes":
             pieces = [piece.replace('"', "'") for piece in pieces]
-        elif change == "fence":
-            pieces[place] = f"```json{pieces[place]}```"
+        elif change in ("fence", "parentheses"):
+            before, after = ("```json", "```") if change == "fence" else ("(", ")")
+            pieces[place] = before + pieces[place] + after
         elif change == "swap":
             pieces[place], pieces[other] = pieces[other], pieces[place]
         else:
@@ -794,11 +1035,12 @@ def answers(draw):
 def nested(draw):
     """Brackets nested also deeper than Python's stack, closed or not, as the answer or in it."""
     depth = draw(st.integers(1, 1990))
-    pairs = (("[", "]"), ('{"a":', "}"), ("[[],", "]"), ("(", ")"))
+    pairs = (("[", "]"), ('{"a":', "}"), ("[[],", "]"), ("(", ")"), ("-", ""), ("f(", ")"))
     opening, closing = draw(st.sampled_from(pairs))
     deep = opening * depth + closing * draw(st.sampled_from((0, depth - 1, depth)))
     valid = '{{"bbox":[1,2,3,4],"points_1":[1,2],"points_2":[3,4],"x":{}}}'
-    body = draw(st.sampled_from(("{}", '{{"bbox":{}}}', valid)))
+    python = valid.replace('"', "'")
+    body = draw(st.sampled_from(("{}", '{{"bbox":{}}}', valid, python)))
     return f"<think>x</think><answer>{body.format(deep)}</answer>"
 
 
@@ -885,6 +1127,9 @@ def test_megabytes_of_text_are_scored(small):
         "<think>" + "</think" * n,
         wrap('{"bbox":[' + "1" * n),
         wrap("```" * n),
+        wrap("-" * n),
+        "<answer>" * n + "</answer>",
+        "<think>x</think>" + "<answer></answer>" * (n // 4),
         wrap('"' * n),
         "\u2003" * n,
     ]
