@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import re
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from grpo import (
     group_advantages,
     group_logprobs,
     grpo_loss,
+    head_logprobs,
     k3_kl,
     may_attend,
     pack,
@@ -721,14 +723,67 @@ def test_slices_of_the_prompts_give_slices_of_the_logprobs(policy, completions, 
 
 
 @pytest.mark.exercise_10
-def test_logits_are_computed_in_chunks_and_again_in_the_backward_pass(policy, completions):
+def test_logits_are_computed_once_and_in_chunks(policy, completions):
     inputs = (policy.prompts, completions, policy.banned)
     with recorded_logits(policy) as calls:
         logprobs, _ = group_logprobs(policy.model, *inputs, chunk=16)
-        assert [len(logits) for logits in calls] == [16, 16, 7]
-        assert LENGTHS.sum() == 39  # so only tokens of completions
         lora_gradients(policy, logprobs, completions.mask)
-    assert sorted(len(logits) for logits in calls[3:]) == [7, 16, 16]
+    assert LENGTHS.sum() == 39  # so only tokens of completions
+    assert [len(logits) for logits in calls] == [16, 16, 7], "not again in the backward pass"
+
+
+def head_and_hidden(dtype, tokens=37, width=24, vocabulary=101):
+    """A frozen lm_head, hidden states with gradient, tokens, and a weight for each log-prob."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(width, vocabulary, bias=False)
+    head.weight = torch.nn.Parameter(torch.randn(vocabulary, width, generator=generator) / 4)
+    head = head.to(dtype).requires_grad_(False)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    chosen = torch.randint(20, vocabulary, (tokens,), generator=generator)
+    return head, hidden, chosen, torch.randn(tokens, generator=generator)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_heads_gradient_equals_that_of_plain_autograd(dtype, temperature, chunk):
+    """It is computed in the forward pass, and each log-prob has another weight in the loss."""
+    head, hidden, tokens, weights = head_and_hidden(dtype)
+    banned = torch.tensor([3, 11])
+    plain, entropies = token_logprobs(head(hidden), tokens, temperature, banned)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), hidden)
+    pieces = zip(hidden.split(chunk), tokens.split(chunk), strict=True)
+    parts = [head_logprobs(head, h, t, temperature, banned) for h, t in pieces]
+    logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    assert logprobs.dtype == torch.float32 and logprobs.requires_grad
+    assert not entropy.requires_grad
+    if chunk == len(tokens):  # the same matrix product: "it changes no value"
+        assert torch.equal(logprobs, plain) and torch.equal(entropy, entropies)
+    assert (logprobs - plain).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
+    (found,) = torch.autograd.grad((logprobs * weights).sum(), hidden)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # bfloat16 has 8 bits
+    for mine, theirs in zip(found.float(), expected.float(), strict=True):
+        assert (mine - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_the_head_has_no_gradient_and_keeps_no_logits():
+    head, hidden, tokens, weights = head_and_hidden(torch.float32)
+    logits = []
+    hook = head.register_forward_hook(lambda *args: logits.append(weakref.ref(args[-1])))
+    logprobs, _ = head_logprobs(head, hidden, tokens, 1.0, torch.tensor([3]))
+    hook.remove()
+    assert len(logits) == 1 and logits[0]() is None  # (N, V) is the largest tensor of a step
+    (logprobs * weights).sum().backward()
+    assert hidden.grad.abs().max() > 0 and head.weight.grad is None
+
+
+def test_the_head_computes_no_gradient_that_nobody_needs(monkeypatch):
+    head, hidden, tokens, _ = head_and_hidden(torch.float32)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("not needed"))
+    with torch.no_grad():
+        logprobs, _ = head_logprobs(head, hidden.detach(), tokens, 1.0, torch.tensor([3]))
+    assert not logprobs.requires_grad
 
 
 def test_logprobs_of_a_rollout_equal_those_it_was_sampled_with(policy, endless):

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 import samr1_mini
-from benchmarks import ablations, failures
+from benchmarks import ablations, failures, mask_or_box
+from benchmarks.sweep import run_folder
 
 ROOT = Path(samr1_mini.__file__).parent
 TEXT = (ROOT / "TUTORIAL.md").read_text()
@@ -26,7 +27,7 @@ ELSEWHERE = {
     "python -m assignment.grade handout": "test_assignment.py",
     "python -m assignment.grade handout --hidden FOLDER": "test_assignment.py",
     "python -m assignment.grade .": "test_assignment.py",
-    "python -m pytest -rs -m exercise_5 tests": "test_assignment.py",
+    "python -m pytest -rs -m exercise_1 tests": "test_assignment.py",
 }
 HERE = {
     "python samr1_mini.py train",
@@ -36,8 +37,12 @@ HERE = {
     "python -m benchmarks.failures",
     "python -m benchmarks.ablations",
     "python -m benchmarks.ablations --table",
+    "python -m benchmarks.mask_or_box",
+    "python -m benchmarks.mask_or_box --table",
+    f"python -m benchmarks.thoughts {RUN}",
 }
-FIGURES = ("loop", "sheet", "seeds", "mask", "tiers")
+FIGURES = ("readme", "loop", "mask", "tiers", "seeds")  # of tools.figures; benchmarks draw others
+PICTURES = (*FIGURES, "failures", "ablations", "mask_or_box", "thoughts")
 NAMES = r"`((?:(?:plumbing|tools)\.\w+|data|reward|grpo|samr1_mini)\.[A-Za-z_][\w.]*)(?=[`(])"
 
 
@@ -111,6 +116,8 @@ def test_every_setting_exists():
 
 
 def test_every_link_and_picture_exists():
+    drawn = re.findall(r"!\[[^]]*\]\(assets/(\w+)\.png\)", TEXT)
+    assert sorted(drawn) == sorted(PICTURES)
     titles = re.findall(r"^## (.*)$", TEXT, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
@@ -166,7 +173,7 @@ def test_report_memory_and_help(folder, monkeypatch, capsys):
 def test_a_sweep_continues_and_keeps_finished_runs(folder, tmp_path, monkeypatch, capsys):
     """All runs but one are finished: one is trained, and table and figure hold all of them."""
     out, figure = tmp_path / "sweep", tmp_path / "figure.png"
-    runs = [ablations.run_folder(out, name, 0) for name in ablations.SETTINGS]
+    runs = [run_folder(out, name, 0) for name in ablations.SETTINGS]
     for finished in runs[:-1]:
         shutil.copytree(folder / RUN, finished)
     logs = [finished / "metrics.jsonl" for finished in runs[:-1]]
@@ -183,6 +190,38 @@ def test_a_sweep_continues_and_keeps_finished_runs(folder, tmp_path, monkeypatch
     run(monkeypatch, folder, f"{sweep} --table")
     tables = [text.split("Table 3")[1] for text in (printed, capsys.readouterr().out)]
     assert tables[0].split("written to")[0] == tables[1].split("written to")[0]
+
+
+@pytest.mark.slow
+def test_the_sweep_of_rewards_trains_what_is_missing(folder, tmp_path, monkeypatch, capsys):
+    out, figure = tmp_path / "sweep", tmp_path / "figure.png"
+    runs = {name: run_folder(out, name, 0) for name in mask_or_box.SETTINGS}
+    *finished, missing = runs.values()
+    for one in finished:
+        shutil.copytree(folder / RUN, one)
+    sweep = f"python -m benchmarks.mask_or_box --seeds 0 --jobs 1 --out {out} --figure {figure}"
+    run(monkeypatch, folder, f"{sweep} --steps 2 --eval_samples 2")
+    assert json.loads((missing / "config.json").read_text())["accuracy"] == "segzero_mask"
+    printed = capsys.readouterr().out
+    after = json.loads((folder / RUN / "eval.json").read_text())["after"]
+    for name in ("mask", "box", "Seg-Zero"):
+        (line,) = (one for one in printed.splitlines() if one.startswith(f"{name}  "))
+        assert line.split()[-1] == f"{after['giou']:.3f}"
+    assert "not run" not in printed and Image.open(figure).width > 500
+    figure.unlink()
+    shutil.rmtree(missing)
+    run(monkeypatch, folder, f"{sweep} --table")
+    assert not missing.exists() and Image.open(figure).width > 500
+    assert capsys.readouterr().out.count("not run") == 1
+
+
+@pytest.mark.slow
+def test_thoughts_of_a_run(folder, tmp_path, monkeypatch, capsys):
+    figure = tmp_path / "figure.png"
+    run(monkeypatch, folder, f"python -m benchmarks.thoughts {RUN} --scenes 12 --figure {figure}")
+    printed = capsys.readouterr().out
+    assert "base model" in printed and "trained model" in printed
+    assert printed.count("own thought") >= 2
 
 
 @pytest.mark.slow
