@@ -158,7 +158,7 @@ class RefCOCO:
                 raise ValueError("its area is zero")
             check_query(one.query)
         except (ValueError, LookupError, TypeError, OverflowError) as error:
-            reason = f"its mask or its sentence cannot be used ({_reason(error)})"
+            reason = f"its mask in instances.json or its sentence cannot be used ({_reason(error)})"
             raise BadSample(f"{one.id}: {reason}. Skip this sample") from error
         image = read_image(self.folder / file_name, self.hint, size)
         return Sample(image, one.query, mask, None, one.id)

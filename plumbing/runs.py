@@ -82,7 +82,7 @@ def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: lis
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"it holds {name}, which this command reads: name another folder")
     names = {file.name for file in out.iterdir()} if out.exists() else set()
-    leftovers = {name for name in names if is_temporary(name)}
+    leftovers = {name for name in names if is_temporary(out / name)}
     if names - leftovers and not mark.is_file():
         raise ValueError("this folder holds other files than a run: name another one")
     if names - leftovers and not overwrite:
@@ -100,10 +100,12 @@ def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: lis
     mark.write_text(command)
 
 
-def is_temporary(name: str) -> bool:
-    """Whether a file is left over from a write that was interrupted."""
-    names = {f"{Path(file).stem}.tmp{Path(file).suffix}" for file in RUN_FILES}
-    return name in names or re.fullmatch(r"tmp\w{8}\.tmp", name) is not None
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder is left over from a write that was interrupted."""
+    if path.is_dir():  # of `save_checkpoint`
+        return re.fullmatch(r"tmp\w{8}\.tmp", path.name) is not None
+    files = [Path(name) for name in RUN_FILES if "." in name]
+    return path.name in {f"{file.stem}.tmp{file.suffix}" for file in files}  # of `whole_file`
 
 
 def lock_run(mark: Path) -> None:

@@ -7,7 +7,9 @@ of an official size.
 import json
 import re
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import samr1_mini
 from data import BadSample, Sample, Shapes
 from plumbing import runs
 from plumbing.sam import load_sam
+from plumbing.scenes import interior_points
 from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt
 from tools import merge
@@ -150,7 +153,8 @@ def test_a_skipped_sample_keeps_its_place_and_counts_in_no_metric(scorer):
 
 def test_metrics_of_no_sample_are_zero():
     metrics = samr1_mini.compute_metrics([{"skipped": "it is broken"}])
-    assert metrics == {"giou": 0, "ciou": 0, "format": 0, "box": 0, "n": 0}
+    names = ("giou", "ciou", "format", "box", "points", "boxonly", "n")
+    assert metrics == dict.fromkeys(names, 0)
 
 
 def test_metrics_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypatch):
@@ -176,10 +180,50 @@ def test_metrics_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypa
         overlap = scorer.score([one], [[SamPrompt(None, ())]])
         numbers = {key: getattr(overlap, key).item() for key in ("iou", "intersection", "union")}
         rows.append(numbers | {"format": True, "box_iou": 0.0})
+        rows[-1] |= {"points_inside": k / 2, "boxonly_iou": k / 4}
     assert [(row["intersection"], row["union"]) for row in rows] == [(16, 24), (0, 10), (0, 0)]
     metrics = samr1_mini.compute_metrics(rows)
     assert metrics["giou"] == pytest.approx((16 / 24 + 0 + 1) / 3)
     assert metrics["ciou"] == pytest.approx(16 / (24 + 10))
+    assert metrics["points"] == 0.5 and metrics["boxonly"] == 0.25
+
+
+def test_three_prompts_are_scored_for_each_sample(scorer, monkeypatch):
+    """The policy's; the true box with good points; the policy's box without its points."""
+    policy, batch = load_vlm("tiny", "cpu", 64, "brief"), [Shapes("heldout")[i] for i in range(3)]
+    box = '"bbox": [8, 8, 56, 56], "points_1": [10, 10]'
+    y, x = np.argwhere(batch[0].mask)[0]
+    width, height = batch[0].image.size
+    inside = f'"points_2": [{(x + 0.5) * 64 / width}, {(y + 0.5) * 64 / height}]'
+    answers = [f"{{{box}, {inside}}}", f"{{{box}}}", "no idea"]
+    texts = [[f"<think>t</think><answer>{body}</answer>"] for body in answers]
+    monkeypatch.setattr(policy, "texts", lambda _: texts)
+    monkeypatch.setattr(samr1_mini, "sample_completions", lambda *_, **__: None)
+    score, scored = scorer.score, []
+
+    def noted(samples, prompts, keep_masks=False):
+        scored.append((prompts, score(samples, prompts, keep_masks)))
+        return scored[-1][1]
+
+    monkeypatch.setattr(scorer, "score", noted)
+    rows = samr1_mini.evaluate_batch(policy, scorer, batch, None)
+    ((prompts, overlap),) = scored  # all in one call
+    for b, (one, group) in enumerate(zip(batch, prompts, strict=True)):
+        ours, ceiling, box_only = group
+        assert ceiling == SamPrompt(reward.true_box(one.mask), interior_points(one.mask))
+        assert box_only == SamPrompt(ours.box, ())
+        assert (rows[b]["box"], rows[b]["points"]) == (ours.box, ours.points)
+        for k, prefix in enumerate(("", "ceiling_", "boxonly_")):
+            for name in ("intersection", "union", "iou"):
+                assert rows[b][prefix + name] == getattr(overlap, name)[b, k].item()
+    assert [len(row["points"]) for row in rows] == [2, 1, 0] and rows[2]["box"] is None
+    good = [sum(one.mask[int(y), int(x)] for x, y in row["points"]) / 2
+            for one, row in zip(batch, rows, strict=True)]
+    assert [row["points_inside"] for row in rows] == good and good[0] >= 0.5
+    assert [row["format"] for row in rows] == [True, False, False]
+    scale = np.array(batch[0].image.size * 2) / 64
+    assert rows[0]["box"] == pytest.approx(tuple(scale * (8, 8, 56, 56)))
+    assert rows[2]["box_iou"] == 0 < rows[0]["box_iou"]
 
 
 def test_the_true_box_is_the_tightest_one():
@@ -201,6 +245,18 @@ def test_segment_draws_and_prints(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert printed["query"] == query and "mask_pixels" in printed and "completion" in printed
     assert Image.open(tmp_path / "out.png").width > 300
+
+
+def test_segment_rotates_a_picture_as_its_exif_data_say(evaluated, tmp_path, capsys):
+    """A camera stores a picture on its side. SAM and the policy must see it upright."""
+    image, exif = Shapes("heldout")[0].image, Image.Exif()
+    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
+    row = json.loads(answers(evaluated).splitlines()[0])
+    flags = ["--query", row["query"], "--out", tmp_path / "out.png"]
+    run("segment --image", tmp_path / "stored.png", *flags)
+    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert printed["completion"] == row["answer"] and printed["bbox"] == row["box"]
 
 
 def test_segment_answers_as_eval_does(evaluated, tmp_path, capsys):
@@ -341,6 +397,13 @@ def test_a_damaged_config_is_reported(change, evaluated, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 
 
+def bomb(width: int, height: int) -> bytes:
+    """The beginning of a PNG that says it has so many pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk
+
+
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory) -> Path:
     tmp = tmp_path_factory.mktemp("bad")
@@ -352,9 +415,14 @@ def bad_files(tmp_path_factory) -> Path:
     (tmp / "cut.safetensors").write_bytes(weights[:5000])
     (tmp / "other_adapter").mkdir()
     (tmp / "other_adapter" / "adapter_config.json").write_text("{}")
+    (tmp / "list_adapter").mkdir()
+    (tmp / "list_adapter" / "adapter_config.json").write_text("[]")
+    Image.new("RGB", (201, 1)).save(tmp / "thin.png")
+    (tmp / "bomb.png").write_bytes(bomb(100_000, 100_000))
     return tmp
 
 
+SEGMENT = "segment --query star --image {root}/assets/tiers.png"
 BAD = {  # what is wrong: (command line, what the message must name)
     "flag": ("train --stepz 3", "--stepz"),
     "value": ("train --steps many", "--steps"),
@@ -366,6 +434,12 @@ BAD = {  # what is wrong: (command line, what the message must name)
     "negative seed": ("train --seed -1", "--seed"),
     "negative data seed": ("train --data_seed -1", "--data_seed"),
     "huge seed": ("train --seed 123456789012345678901234567890", "--seed"),
+    "data seed of 70 bits": ("train --data_seed 1180591620717411303424", "--data_seed"),
+    "seed of 70 bits": ("train --seed 1180591620717411303424", "--seed"),
+    "huge side": ("train --side 1000000", "--side"),
+    "huge side of segment": ("segment --side 1000000 --query star", "--side"),
+    "huge rank": ("train --lora_rank 5000", "--lora_rank"),
+    "huge limit": ("eval --max_new_tokens 5000", "--max_new_tokens"),
     "nan": ("train --lr nan", "--lr"),
     "infinity": ("train --beta inf", "--beta"),
     "no learning rate": ("train --lr 0", "--lr"),
@@ -392,6 +466,13 @@ BAD = {  # what is wrong: (command line, what the message must name)
     "adapter of another model": ("eval --adapter {tmp}/other_adapter", "other_adapter"),
     "out is a file": ("eval --limit 1 --out {tmp}/broken.png", "broken.png"),
     "out is a folder": ("segment --query x --image {root}/assets/tiers.png --out {tmp}", "--out"),
+    "out without a suffix": (f"{SEGMENT} --out {{tmp}}/noext", "--out"),
+    "out with another suffix": (f"{SEGMENT} --out {{tmp}}/out.txt", "--out"),
+    "adapter that is a list": ("eval --adapter {tmp}/list_adapter", "list_adapter"),
+    "image token": ("segment --image {root}/assets/tiers.png --query <|image_pad|>", "--query"),
+    "lone surrogate": ("segment --image {root}/assets/tiers.png --query \udcff", "--query"),
+    "thin image": ("segment --query star --image {tmp}/thin.png", "201 x 1"),
+    "decompression bomb": ("segment --query star --image {tmp}/bomb.png", "too many pixels"),
     "16-bit image": ("segment --query star --image {tmp}/deep.png", "deep.png"),
     "no image": ("segment --query star", "--image"),
     "no query": ("segment --image {tmp}/broken.png", "--query"),

@@ -302,6 +302,43 @@ def test_archives_that_cannot_be_unpacked_are_refused(tmp_path, monkeypatch):
     assert wanted[1].read_bytes() == b"i" * 5000
 
 
+@pytest.mark.parametrize("method", ["STORED", "DEFLATED", "BZIP2", "LZMA"])
+def test_any_flipped_bit_of_an_archive_is_noticed_or_has_no_effect(tmp_path, method):
+    """An OSError would mean a full disk, and the damaged archive would be kept."""
+    wanted = {tmp_path / "refs(umd).p": b"refs" * 9, tmp_path / "instances.json": b'{"a": [1, 2]}'}
+    part, buffer = tmp_path / "a.zip", io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", getattr(zipfile, f"ZIP_{method}")) as bundle:
+        for file, content in wanted.items():
+            bundle.writestr(f"r/{file.name}", content)
+    valid, refused = buffer.getvalue(), 0
+    for bit in range(8 * len(valid)):
+        damaged = bytearray(valid)
+        damaged[bit // 8] ^= 1 << bit % 8
+        part.write_bytes(damaged)
+        for file in wanted:
+            file.unlink(missing_ok=True)
+        try:
+            fetch.unpack(part, list(wanted))
+        except ValueError as error:
+            refused += 1
+            assert str(error) and "\n" not in str(error), bit
+            continue
+        assert {file: file.read_bytes() for file in wanted} == wanted, bit
+    assert refused > 4 * len(valid)
+
+
+def test_a_damaged_archive_is_deleted_and_fetched_again(published, host, capsys):
+    damaged = bytearray(host.files["/a.zip"])
+    with zipfile.ZipFile(io.BytesIO(damaged)) as bundle:
+        directory = bundle.start_dir
+    damaged[directory + 42 + 3] ^= 0x80  # the offset of a file: before the archive's beginning
+    host.files["/a.zip"] = bytes(damaged)
+    assert run("refcocog", "--out", published.root) == 0
+    assert "not downloaded" in capsys.readouterr().err and host.count()["/b.zip"] == 1
+    assert not list((published.root / "refcocog").glob("*.zip*"))
+    assert not list((published.root / "refcocog").glob("*.part"))
+
+
 # --------------------------------------------------------------------------------------------------
 # SAM and ReasonSeg
 # --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import (
 import samr1_mini
 from data import Shapes, messages
 from grpo import Completions, group_logprobs, rollout
+from plumbing.scenes import interior_points
 from plumbing.vlm import load_vlm, vlm_path
 from reward import parse_answer, sam_prompt
 
@@ -145,8 +146,9 @@ def test_true_boxes_in_the_coordinates_of_the_policy_are_found(coordinates, scor
             scale = far / one.image.width, far / one.image.height
             box = samr1_mini.true_box(one.mask)
             x1, y1, x2, y2 = (round(v * scale[k % 2]) for k, v in enumerate(box))
-            point = [(x1 + x2) // 2, (y1 + y2) // 2]
-            body = json.dumps({"bbox": [x1, y1, x2, y2], "points_1": point, "points_2": point})
+            points = [[x * scale[0], y * scale[1]] for x, y in interior_points(one.mask)]
+            body = {"bbox": [x1, y1, x2, y2], "points_1": points[0], "points_2": points[1]}
+            body = json.dumps(body)
             texts.append([f"<think>t</think><answer>{body}</answer>"])
         return texts
 
@@ -156,6 +158,7 @@ def test_true_boxes_in_the_coordinates_of_the_policy_are_found(coordinates, scor
     rows = samr1_mini.evaluate_batch(policy, scorer, batch, None)
     metrics = samr1_mini.compute_metrics(rows)
     assert metrics["giou"] > 0.85 and metrics["box"] == 1 and metrics["format"] == 1
+    assert metrics["points"] == 1
     # The same answer in a wrong frame gives a wrong box.
     wrong = sam_prompt(parse_answer(rows[0]["answer"]), policy.frame * 2, *batch[0].image.size)
     boxes = torch.tensor([[wrong.box], [samr1_mini.true_box(batch[0].mask)]])

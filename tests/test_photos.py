@@ -34,7 +34,15 @@ from pycocotools.coco import COCO
 
 from data import BadSample
 from plumbing import photos
-from plumbing.photos import ReasonSeg, RefCOCO, coco_mask, labelme_masks, load_data, subsample
+from plumbing.photos import (
+    ReasonSeg,
+    RefCOCO,
+    check_query,
+    coco_mask,
+    labelme_masks,
+    load_data,
+    subsample,
+)
 
 REPO = Path(photos.__file__).parent.parent
 # pycocotools 2.0.11 under NumPy 2
@@ -655,9 +663,14 @@ def test_a_bad_reasonseg_annotation_is_named(tmp_path):
     file = tmp_path / "val" / "nested_0004.json"
     valid = json.loads(file.read_bytes())
     corners = ([], [(1, 2, 3)], [(float("nan"), 1)], [(1e300, 1)], ["a"])
-    changes = [{"text": []}, {"shapes": [{"label": 3, "points": [[1, 1]]}]}]
+    texts = [[], [None], [5], None, 5, [""], " ", [["a"]], ["a\x00b"], ["\ud800"]]
+    texts += [["<|image_pad|>"], "the <|im_end|> here"]
+    changes = [{"text": text} for text in texts]
+    changes += [{"shapes": [{"label": 3, "points": [[1, 1]]}]}]
     changes += [{"shapes": [shape("target", *points)]} for points in corners]
     contents = [json.dumps(valid | change).encode() for change in changes]
+    digits = json.dumps(valid | {"shapes": [shape("target", (1, 2), (3, 4))]})
+    contents += [digits.replace("3", "1" * 400).encode()]  # too large for a float
     contents += [b"", b"{", b"\x81\x8d", b"[" * 100_000, b"[]", b'{"text": ["x"]}']
     for content in contents:
         file.write_bytes(content)
@@ -686,6 +699,89 @@ def test_a_missing_or_broken_reasonseg_file_is_named(tmp_path):
             dataset[k]
         text = one_line(error)
         assert name in text and words[name] in text and "python -m tools.fetch reasonseg" in text
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("", "  ", "\n", None, 5, ["star"], b"star"),
+        *("<|image_pad|>", "the <|im_end|> star", "<|any thing\n|>", "a <| b |> c"),
+        *("the \ud800 star", "\udcff", "a\x00b", "a\x1bb", "a\x7fb", "a\x9fb"),
+    ],
+    ids=repr,
+)
+def test_a_query_that_the_policy_cannot_be_asked_is_refused(query):
+    with pytest.raises(ValueError) as error:
+        check_query(query)
+    one_line(error).encode("ascii")  # a terminal can print it
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("the star", " the star\n", "\u201ecaf\u00e9\u201d \u661f \U0001f31f"),
+        *("a < b | c > d", "<star>", "<| not closed", "|>"),
+        *("two\tlines\nof text", "a\u200db", "\u200fright to left"),
+    ],
+)
+def test_other_queries_are_only_stripped(query):
+    assert check_query(query) == query.strip()
+
+
+def test_a_refcoco_sentence_with_a_special_token_is_a_bad_sample(tmp_path):
+    make_refcocog(tmp_path)
+    dataset = RefCOCO("refcocog", tmp_path, "val")
+    one = dataset.expressions[0]
+    for query in ("the <|image_pad|>", "", "a\x00b"):
+        dataset.expressions[0] = one._replace(query=query)
+        with pytest.raises(BadSample) as error:
+            dataset[0]
+        assert one.id in one_line(error)
+
+
+@pytest.mark.parametrize("size", [(200, 1), (1, 200), (400, 2), (1, 1), (3, 600)], ids=str)
+def test_pictures_may_be_200_times_as_long_as_wide(size):
+    photos.check_shape(Image.new("RGB", size))
+    longer = (size[0] + (size[0] >= size[1]), size[1] + (size[0] < size[1]))
+    if max(size) > 1:
+        with pytest.raises(ValueError) as error:
+            photos.check_shape(Image.new("RGB", longer))
+        assert "{} x {}".format(*longer) in one_line(error)
+
+
+def test_a_picture_is_rotated_by_its_exif_data(tmp_path):
+    """All eight orientations of the standard, each with a red pixel that ends up top left."""
+    corners = [(0, 0), (3, 0), (3, 1), (0, 1), (0, 0), (0, 1), (3, 1), (3, 0)]
+    for orientation, corner in enumerate(corners, 1):
+        stored, exif = Image.new("RGB", (4, 2)), Image.Exif()
+        stored.putpixel(corner, (255, 0, 0))
+        exif[0x0112] = orientation
+        stored.save(tmp_path / "stored.png", exif=exif)
+        picture = photos.read_picture(str(tmp_path / "stored.png"))
+        assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 0, 0), orientation
+        assert picture.size == ((4, 2) if orientation < 5 else (2, 4))
+
+
+@pytest.mark.parametrize("pixels", [30, 50])  # a warning of Pillow, and an error
+def test_a_picture_with_too_many_pixels_is_one_line(tmp_path, monkeypatch, pixels):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    Image.new("RGB", (pixels, 1)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError) as error:
+        photos.read_picture(str(tmp_path / "large.png"))
+    assert "too many pixels" in one_line(error)
+
+
+def test_a_photograph_with_too_many_pixels_or_too_thin_is_a_bad_sample(tmp_path, monkeypatch):
+    Image.new("RGB", (201, 1)).save(tmp_path / "thin.png")
+    Image.new("RGB", (50, 1)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    for name, word in (("large.png", "DecompressionBomb"), ("thin.png", "201 x 1")):
+        if name == "thin.png":
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        with pytest.raises(BadSample) as error:
+            photos.read_image(tmp_path / name, "the command")
+        text = one_line(error)
+        assert name in text and word in text and "the command" in text
 
 
 NO_TARGETS = [[], [shape("flag", *box(2, 2, 5, 5))], [shape("ignore", *box(1, 1, 9, 9))]]

@@ -1,10 +1,13 @@
 """A run's folder and the settings: whole files, marks, bounds, the samples of a step, timing."""
 
+import contextlib
 import dataclasses
 import doctest
 import json
 import math
 import signal
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from data import BadSample, Shapes
 from grpo import Completions
 from plumbing import command_line, runs, settings
 from plumbing.settings import parse_settings
+
+ROOT = Path(runs.__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +91,99 @@ def test_a_run_beside_other_files_is_not_replaced(name, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+OTHERS = ["config.json", "thesis.txt", "notes.tmp", "config.json.tmp", "thesis.tmp.txt"]
+OTHERS += ["samples.tmp", "adapter.tmp", "tmpmy_notes.tmp"]
+
+
 def test_a_folder_without_the_mark_is_not_replaced(tmp_path):
-    for name in ("config.json", "config.tmp.json", "thesis.txt"):
-        out = tmp_path / name.partition(".")[0]
-        out.mkdir(exist_ok=True)
+    for name in OTHERS:
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
         (out / name).write_text("{}")
         for overwrite in (False, True):
             with pytest.raises(ValueError, match="other files than a run: name another one"):
                 open_run(out, overwrite=overwrite)
         assert (out / name).read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["notes.tmp", "tmpmy_notes.tmp", "samples.tmp"])
+def test_a_users_own_temporary_file_is_never_deleted(name, tmp_path):
+    open_run(tmp_path)
+    (tmp_path / name).write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="--resume|also holds"):
+            open_run(tmp_path, overwrite=overwrite)
+    open_run(tmp_path, resume=True)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_killed_process_left_blocks_no_folder_and_is_removed(tmp_path):
+    """It was killed within its first write, so there is no mark, or not yet a file of the run."""
+    for k, mark in enumerate((None, "train")):
+        out = tmp_path / str(k)
+        (out / "tmpab_1cd2e.tmp").mkdir(parents=True)
+        (out / "tmpab_1cd2e.tmp" / "adapter_config.json").write_text("{")
+        for name in ("config.tmp.json", "metrics.tmp.jsonl", "curves.tmp.png"):
+            (out / name).write_text("{")
+        if mark:
+            (out / runs.MARK).write_text(mark)
+        open_run(out, overwrite=bool(mark))
+        assert [file.name for file in out.iterdir()] == [runs.MARK]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from plumbing import runs
+runs.open_run(Path(sys.argv[1]), "train", sys.argv[2] == "resume", False, [])
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another_process(out, how="new"):
+    """A process that has opened a run's folder, and ends with this block."""
+    command = [sys.executable, "-c", HOLD, str(out), how]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "open\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="this system has no locks of files")
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
+    out = tmp_path / "run"
+    with held_by_another_process(out):
+        (out / "config.json").write_text("{}")
+        (tmp_path / "link").symlink_to(out)
+        for folder in (out, tmp_path / "link"):
+            for how in ({"resume": True}, {"overwrite": True}):
+                with pytest.raises(ValueError, match="another process is writing to it"):
+                    open_run(folder, **how)
+        open_run(tmp_path / "other")
+        assert {file.name for file in out.iterdir()} == {runs.MARK, "config.json"}
+    open_run(out, resume=True)  # a killed process leaves no lock
+    open_run(out, resume=True)  # this process has the lock itself
+    open_run(out, overwrite=True)
+    assert (out / runs.MARK).read_text() == "train"
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="this system has no locks of files")
+@pytest.mark.slow
+def test_of_two_processes_that_resume_a_run_the_second_stops_with_one_line(tmp_path):
+    out, flags = tmp_path / "run", "--steps 0 --eval_samples 1 --prompts_per_step 2".split()
+    program = [sys.executable, str(ROOT / "samr1_mini.py"), "train", "--out", str(out)]
+    assert not subprocess.run([*program, *flags], capture_output=True).returncode
+    before = (out / "metrics.jsonl").stat().st_mtime_ns
+    with held_by_another_process(out, "resume"):
+        second = subprocess.run([*program, "--resume"], capture_output=True, text=True)
+        assert second.returncode == 2 and "Traceback" not in second.stderr
+        lines = [one for one in second.stderr.splitlines() if one.startswith("samr1_mini.py")]
+        assert len(lines) == 1 and f"--out {out}" in lines[0] and "another process" in lines[0]
+    assert (out / "metrics.jsonl").stat().st_mtime_ns == before
+    assert not subprocess.run([*program, "--resume"], capture_output=True).returncode
 
 
 @pytest.mark.parametrize("where", ["the folder", "inside", "linked", "through a link", "file"])
@@ -194,6 +283,10 @@ def test_every_decimal_number_must_be_finite(value):
         ("group_size", 1, 2),
         ("steps", -1, 0),
         ("side", 0, 1),
+        ("side", 4097, 4096),
+        ("max_new_tokens", 4097, 4096),
+        ("lora_rank", 1025, 1024),
+        ("data_seed", 2**63, 2**63 - 1),
         ("eps_low", 1.01, 1.0),
         ("top_p", 0.0, 0.01),
         ("top_p", 1.01, 1.0),
@@ -289,6 +382,7 @@ def test_the_timer_measures_each_phase():
 
 def test_the_table_of_a_run_is_printed(tmp_path, capsys):
     before = {"giou": 0.4, "ciou": 0.3, "format": 0.9, "box": 0.5, "n": 8}
+    before |= {"points": 0.75, "boxonly": 0.125}
     ceiling = {"giou": 0.9, "ciou": 0.95, "n": 8}
     results = {"before": before, "ceiling": ceiling, "after": before | {"giou": 0.65}}
     row = {"reward": 2.0, "iou": 0.25, "clip_low": 0.01, "clip_high": 0.02}
@@ -297,6 +391,9 @@ def test_the_table_of_a_run_is_printed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if line]
     assert names[1:4] == ["before", "after", "ceiling"]
+    assert lines[1].split()[-4:] == ["points", "box", "only", "n"]
+    assert lines[2].split() == ["before", "0.400", "0.300", "0.900", "0.500", "0.750", "0.125", "8"]
+    assert lines[4].split() == ["ceiling", "0.900", "0.950", *"----", "8"]
     assert "gap to the ceiling closed: 50 %" in lines
     assert "mean reward (of 6): 2.00 -> 4.00 (first 1 and last 1 steps)" in lines
     assert lines[-1] == f"written to {tmp_path}: samples/"

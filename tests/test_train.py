@@ -1,5 +1,7 @@
 """The command `train`: what a run writes, resuming, interruptions, and what a step does."""
 
+import copy
+import dataclasses
 import doctest
 import json
 import shutil
@@ -110,7 +112,7 @@ def test_a_run_writes_its_files(whole_run):
     results = json.loads((whole_run / "eval.json").read_text())
     assert set(results) == {"before", "after", "ceiling"}
     for name in ("before", "after"):
-        assert set(results[name]) >= {"giou", "ciou", "format", "n"}
+        assert set(results[name]) >= {"giou", "ciou", "format", "box", "points", "boxonly", "n"}
     assert results["ceiling"]["giou"] > 0.85  # the tiny SAM with the true box
 
 
@@ -219,6 +221,26 @@ def test_a_run_that_was_killed_while_saving_can_be_resumed(whole_run, copied_run
     run("train --resume", "--out", copied_run)
     for name in ("eval.json", "adapter/adapter_model.safetensors"):
         assert (copied_run / name).read_bytes() == (whole_run / name).read_bytes()
+
+
+def test_a_resumed_run_has_no_result_until_it_ends(copied_run, monkeypatch):
+    """A finished run that trains on: the table would show the metrics of the old last step."""
+    before = json.loads((copied_run / "eval.json").read_text())
+    seen = []
+
+    def evaluate(policy, scorer, heldout, s, count, title):
+        seen.append((title, json.loads((copied_run / "eval.json").read_text())))
+        seen.append((copied_run / "adapter" / "README.md").read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(samr1_mini, "evaluate", evaluate)
+    with pytest.raises(SystemExit) as stopped:
+        run("train --resume --steps 7 --out", copied_run)
+    (title, results), card = seen
+    assert stopped.value.code == 130 and title == "after"
+    assert results == {name: before[name] for name in ("before", "ceiling")}
+    assert "| ceiling |" in card and "| after |" not in card
+    assert state(copied_run)["step"] == 7 and "after" not in state(copied_run)["results"]
 
 
 @pytest.mark.slow
@@ -375,6 +397,66 @@ def test_the_number_of_passes_does_not_change_an_update(tmp_path, monkeypatch):
     assert max(w.abs().max().item() for n, w in weights[0].items() if "lora_B" in n) > 5e-4
 
 
+def test_passes_are_slices_of_each_mini_batch():
+    def passes(B, minibatches, per_pass):
+        flags = f"--prompts_per_step {B} --minibatches {minibatches} --prompts_per_pass {per_pass}"
+        parts = samr1_mini.passes(samr1_mini.parse_settings("train", flags.split()))
+        return [[(rows.start, rows.stop) for rows in part] for part in parts]
+
+    assert passes(8, 2, 8) == passes(8, 2, 4) == [[(0, 4)], [(4, 8)]]
+    assert passes(8, 2, 3) == [[(0, 3), (3, 4)], [(4, 7), (7, 8)]]
+    assert passes(2, 2, 1) == passes(2, 2, 8) == [[(0, 1)], [(1, 2)]]
+    assert passes(6, 1, 4) == [[(0, 4), (4, 6)]]
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    """A policy with a random adapter, eight prompts, and two completions for each."""
+    policy = load_vlm("tiny", "cpu", 64, "brief")
+    policy.model = samr1_mini.add_lora(policy.model, 4, seed=0)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    scenes = [Shapes("train")[i] for i in range(8)]
+    s = samr1_mini.parse_settings("train", "--group_size 2 --temperature 1.5".split())
+    prompts = policy.read(scenes)
+    assert len(set(prompts.mask.sum(1).tolist())) > 1  # so passes pad to different lengths
+    generator = torch.Generator().manual_seed(0)
+    return policy, scenes, samr1_mini.sample_completions(policy, prompts, s, generator)
+
+
+@pytest.mark.parametrize("per_pass", [8, 4, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_ratio_of_the_first_update_is_exactly_one(sampled, monkeypatch, dtype, per_pass):
+    """Old and new log-probs come from the same passes, so not even rounding differs.
+
+    Otherwise ratios in bfloat16 would be off by percents before anything is learned.
+    """
+    policy, scenes, completions = sampled
+    policy = dataclasses.replace(policy, model=copy.deepcopy(policy.model).to(dtype))
+    prompts = policy.read(scenes)
+    flags = f"--group_size 2 --temperature 1.5 --minibatches 2 --prompts_per_pass {per_pass}"
+    s = samr1_mini.parse_settings("train", flags.split())
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer, differences, steps = torch.optim.AdamW(weights, 1e-2), [], []
+    loss, step = samr1_mini.grpo_loss, optimizer.step
+
+    def noted(new, old, *args):
+        differences.append((len(steps), (new - old).abs().max().item()))
+        return loss(new, old, *args)
+
+    monkeypatch.setattr(samr1_mini, "grpo_loss", noted)
+    monkeypatch.setattr(optimizer, "step", lambda: (steps.append(1), step()))
+    old, reference = samr1_mini.fixed_logprobs(policy, prompts, completions, s)
+    assert (old - reference).abs().max() > 0.01  # the adapter has an effect
+    advantages = torch.tensor([[1.0, -1.0]]).expand(8, 2)
+    samr1_mini.update(policy, optimizer, prompts, completions, advantages, old, reference, s)
+    first = [difference for count, difference in differences if count == 0]
+    assert len(first) == 4 // min(per_pass, 4) and first == [0] * len(first)
+    assert len(steps) == 4 and min(d for count, d in differences if count) > 0
+
+
 def test_the_learning_rate_rises_then_decays():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     s = samr1_mini.parse_settings("train", "--steps 100 --lr 2e-3".split())
@@ -497,7 +579,8 @@ def test_the_expected_adapter_is_the_adapter_of_a_run(whole_run):
 
 
 def test_memory_of_bad_flags_gets_one_line(capsys, tmp_path):
-    for flags in (["--steps", "0.5"], ["--vlm", str(tmp_path / "none")]):
+    names = [["--steps", "0.5"], ["--vlm", str(tmp_path / "none")], ["--sam", "vit_x:file.pth"]]
+    for flags in names:
         with pytest.raises(SystemExit) as stopped:
             memory.main(flags)
         error = capsys.readouterr().err

@@ -30,7 +30,7 @@ from plumbing.runs import save_figure
 from plumbing.sam import load_sam
 from plumbing.settings import Settings
 from plumbing.vlm import Prompts, load_vlm
-from reward import ACCURACY_REWARDS, SamScorer, Scores, accuracy_reward, score_completions
+from reward import SamScorer, Scores, accuracy_reward, score_completions
 from samr1_mini import sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,7 +228,7 @@ def tiers() -> Figure:
     figure = Figure(figsize=(7.5, 3.8), dpi=110, layout="constrained")
     axes = figure.subplots()
     iou = torch.linspace(0, 1, 1001)
-    for kind in sorted(ACCURACY_REWARDS, key=lambda kind: kind == "tiered"):  # tiered on top
+    for kind in ("0.5", "0.7", "0.8", "iou", "tiered"):  # tiered on top
         label = {"tiered": "tiered (paper)", "iou": "4 × IoU"}.get(kind, f"4 above {kind}")
         style = dict(linewidth=3, color="black") if kind == "tiered" else dict(linewidth=1.2)
         axes.plot(iou, accuracy_reward(iou, kind), label=label, **style)
