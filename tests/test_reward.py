@@ -4,6 +4,7 @@ formats, and numbers worked out by hand."""
 import copy
 import json
 import re
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,6 +89,7 @@ def wrap(body, thought="the red one"):
         wrap(f"({BODY})"),
         wrap(f"(\n({SINGLE_QUOTES}))"),
         wrap(f"{BODY}  # done"),
+        wrap(SINGLE_QUOTES[:-1] + r", 'odd escape': '\d'}"),
         *(wrap(f"```{name}\n{BODY}\n```") for name in ("JSON", "python", "json5", "")),
         wrap(f"```python\n{APOSTROPHE}"),  # a fence that is not closed
         wrap(NO_BREAK),
@@ -96,7 +98,9 @@ def wrap(body, thought="the red one"):
     ],
 )
 def test_all_ways_to_write_an_answer_are_accepted(text):
-    assert parse_answer(text) == Answer(True, True, BOX, POINTS, "the red one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse_answer(text) == Answer(True, True, BOX, POINTS, "the red one")
 
 
 LAST = [
@@ -926,6 +930,19 @@ def test_reward_is_the_sum_of_its_parts(scorer, samples, kind):
     total = scores.accuracy + scores.think_format + scores.answer_format
     assert torch.equal(scores.reward, total)
     assert 5 < scores.reward.max() <= 6 and scores.reward.min() == 0
+
+
+@pytest.mark.parametrize("kind, in_mask", [("segzero", False), ("segzero_mask", True)])
+def test_segzero_gets_the_frame_of_the_answers(scorer, samples, monkeypatch, kind, in_mask):
+    calls = []
+
+    def noted(samples, prompts, frame, in_mask):
+        calls.append((frame, in_mask))
+        return torch.zeros(len(samples), len(prompts[0]))
+
+    monkeypatch.setattr(reward, "segzero_reward", noted)
+    scores = score_completions(scorer, samples[:1], [["", ""]], frame=70, accuracy=kind)
+    assert calls == [(70, in_mask)] and scores.accuracy.tolist() == [[0, 0]]
 
 
 def test_frame_must_be_that_of_the_answers(scorer, samples):

@@ -165,7 +165,7 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
         open_run(tmp_path / "other")
         assert {file.name for file in out.iterdir()} == {runs.MARK, "config.json"}
     open_run(out, resume=True)  # a killed process leaves no lock
-    open_run(out, resume=True)  # this process has the lock itself
+    open_run(tmp_path / "link", resume=True)  # this process has the lock itself
     open_run(out, overwrite=True)
     assert (out / runs.MARK).read_text() == "train"
 
