@@ -70,7 +70,7 @@ def test_handout_is_the_repository_without_the_solutions(student):
     files = {file.relative_to(student).as_posix() for file in student.rglob("*") if file.is_file()}
     scripts = "data.py reward.py grpo.py samr1_mini.py README.md LICENSE requirements.txt"
     others = ".ci/run tests/conftest.py tests/test_grpo.py tiny/sam.safetensors"
-    modules = "tiny/vlm/config.json plumbing/sam.py plumbing/memory.py tools/merge.py"
+    modules = "tiny/vlm/config.json plumbing/answers.py plumbing/memory.py tools/merge.py"
     examples = "examples/trl_grpo.py benchmarks/rollout.py assets/readme.png"
     assert {*" ".join([scripts, others, modules, examples]).split()} <= files
     assert not files & {"tests/test_assignment.py", "tests/test_tutorial.py"}
@@ -144,6 +144,30 @@ def test_reference_earns_full_points(tmp_path):
     marks = " or ".join(f"exercise_{number}" for number in EXERCISES)
     passed, total, remark = grade.run_tests(tmp_path, marks, files, 300)
     assert passed == total > 100 and not remark
+
+
+ORDER = (1, 3, 2, 4, 5, 6, 7, 8, 9, 10)  # TUTORIAL's order: each needs earlier ones only
+
+
+def test_the_order_is_that_of_the_tutorial():
+    table = re.findall(r"^\| (\d+) \|", (handout.ROOT / "TUTORIAL.md").read_text(), re.MULTILINE)
+    assert table[-len(ORDER) :] == list(map(str, ORDER))
+
+
+@pytest.mark.slow
+def test_exercises_can_be_solved_in_order(tmp_path):
+    """All tests of an exercise pass, and none is skipped, while later ones are not solved."""
+    files = grade.make_tree(tmp_path, "LICENSE", "", [])
+    for place, number in enumerate(ORDER):
+        for script in handout.SCRIPTS:
+            text = (handout.ROOT / script).read_text()
+            solved = handout.remove_solutions(text)
+            for earlier in ORDER[: place + 1]:
+                if grade.exercises()[earlier][0] == script:
+                    solved = grade.insert_solution(solved, text, earlier)
+            (tmp_path / script).write_text(solved)
+        passed, total, remark = grade.run_tests(tmp_path, f"exercise_{number}", files, 300)
+        assert passed == total > 0, (number, passed, total, remark)
 
 
 # Exercise 5 is right but fails a hidden test, 6 has a wrong sign, and 7 is not valid Python.
