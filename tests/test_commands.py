@@ -399,14 +399,14 @@ def test_a_damaged_config_is_reported(change, evaluated, tmp_path, capsys):
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG that says it has so many pixels, and holds none."""
+    """A PNG that says it has so many pixels, and holds hardly any."""
 
-    def chunk(name: bytes, content: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(name + content))
-        return struct.pack(">I", len(content)) + name + content + crc
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + checksum
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")

@@ -302,6 +302,7 @@ def test_archives_that_cannot_be_unpacked_are_refused(tmp_path, monkeypatch):
     assert wanted[1].read_bytes() == b"i" * 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["STORED", "DEFLATED", "BZIP2", "LZMA"])
 def test_any_flipped_bit_of_an_archive_is_noticed_or_has_no_effect(tmp_path, method):
     """An OSError would mean a full disk, and the damaged archive would be kept."""

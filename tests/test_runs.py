@@ -152,6 +152,7 @@ def held_by_another_process(out, how="new"):
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(runs.fcntl is None, reason="this system has no locks of files")
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     out = tmp_path / "run"
