@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, StaticCache
 
+from plumbing.devices import to_device
 from plumbing.vlm import Prompts, base, record_graph
 
 # --------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def rollout(
     tokens, mask = [], []
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for t in range(max_new_tokens):
-        token = choose_token(mask_banned(logits, banned), temperature, top_p, generator)
+        token = choose_token(mask_banned(logits.float(), banned), temperature, top_p, generator)
         tokens.append(torch.where(finished, end[0], token))  # finished rows go on, but do not count
         mask.append(~finished)
         finished = finished | torch.isin(token, end)
@@ -428,7 +429,7 @@ def group_logprobs(
     """
     vlm = base(model)  # vlm.model returns hidden states (B, L, width), vlm.lm_head their logits
     # exercise 10: log-probs with a shared prompt
-    packed = (x.to(vlm.device, non_blocking=True) for x in pack(prompts, completions))
+    packed = (to_device(x, vlm.device) for x in pack(prompts, completions))
     rows, positions, segments, sources, targets = packed
     hidden = vlm.model(
         input_ids=rows,
@@ -443,7 +444,7 @@ def group_logprobs(
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     results = [head_logprobs(vlm.lm_head, h, t, temperature, banned) for h, t in pieces]
     logprobs, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
-    mask = completions.mask.to(vlm.device, non_blocking=True)
+    mask = to_device(completions.mask, vlm.device)
     zeros = torch.zeros(mask.shape, device=vlm.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
     # end of exercise 10

@@ -31,7 +31,8 @@ from segment_anything.modeling import Sam
 from torchvision.ops import box_iou, masks_to_boxes
 
 from plumbing.answers import find_block, json_object, last_block, numbers
-from plumbing.sam import embed_prompts, sam_input, upsample_masks
+from plumbing.devices import half_precision, to_device
+from plumbing.sam import embed_prompts, load_weights, restore_weights, sam_input, upsample_masks
 from plumbing.scenes import interior_points
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class SamScorer:
         prompts: B lists of G prompts, in image pixels. An empty prompt gets an empty mask.
         """
         B, G = len(samples), len(prompts[0])
-        self.sam.to(self.device)
+        host = load_weights(self.sam, self.device) if self.offload else None
         embeddings, factors, input_sizes = self.encode([sample.image for sample in samples])
         flat = [prompt for group in prompts for prompt in group]
         logits, prompted = self._best_logits(embeddings, factors, flat)
@@ -236,7 +237,7 @@ class SamScorer:
             overlaps.append(intersection_and_union(mask, truth, ignore))
             masks.append(mask if keep_masks else None)
         if self.offload:
-            self.sam.to("cpu")
+            restore_weights(self.sam, host)
         intersection, union = (torch.stack(column) for column in zip(*overlaps, strict=True))
         return Overlap(intersection, union, prompted.view(B, G), masks if keep_masks else None)
 
@@ -248,8 +249,9 @@ class SamScorer:
         for start in range(0, len(images), self.encoder_batch):
             batch = pixels[start : start + self.encoder_batch]
             batch = torch.stack([self.sam.preprocess(self._to_device(p)) for p in batch])
-            # Only the encoder runs in bfloat16, not the decoder.
-            with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            # Only the encoder runs in 16 bits, not the decoder.
+            half = half_precision(self.device)
+            with torch.autocast(self.device.type, half, self.device.type == "cuda"):
                 embeddings.append(self.sam.image_encoder(batch).float())
         return torch.cat(embeddings), torch.stack(factors), [tuple(p.shape[1:]) for p in pixels]
 
@@ -286,7 +288,7 @@ class SamScorer:
         return best, self._to_device(prompted)
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.device, non_blocking=True)
+        return to_device(x, self.device)
 
 
 # --------------------------------------------------------------------------------------------------

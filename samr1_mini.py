@@ -38,6 +38,7 @@ from data import BadSample, Sample
 from grpo import Completions, clip_side, group_advantages, group_logprobs, grpo_loss, rollout
 from plumbing import pictures, runs
 from plumbing.command_line import exit_on_error
+from plumbing.devices import clipped_step
 from plumbing.photos import check_query, load_data, paper_results, read_picture
 from plumbing.sam import load_sam
 from plumbing.scenes import interior_points, points_inside
@@ -57,12 +58,18 @@ def load_models(s, out: Path, command: str) -> tuple[Policy, SamScorer]:
     """Load policy and SAM, then open the run's folder: bad input shows up before any work."""
     with exit_on_error(f"--sam {s.sam}"):
         sam = load_sam(s.sam)
-    policy = load_vlm(s.vlm, s.device, s.side, s.prompt, getattr(s, "adapter", "none"))
+    policy = load_policy(s)
     with exit_on_error(f"--out {out}"):
         inputs = [s.vlm, s.sam, s.data, getattr(s, "adapter", "none")]
         runs.open_run(out, command, s.resume, s.overwrite, inputs)
     encoder_batch = 8 if s.sam == "tiny" else 1  # images; one fills a GPU with an official SAM
-    return policy, SamScorer(sam, policy.device, encoder_batch, s.sam_offload)
+    return policy, SamScorer(sam, policy.device, encoder_batch, offload=s.save_memory >= 3)
+
+
+def load_policy(s) -> Policy:
+    """The policy that the settings name, frozen. With an adapter if they name one."""
+    adapter = getattr(s, "adapter", "none")
+    return load_vlm(s.vlm, s.device, s.side, s.prompt, adapter, s.dtype, s.load_in_4bit)
 
 
 def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bool = False):
@@ -117,7 +124,7 @@ def train(s: Settings) -> None:
         samples = load_data(s.data, "train", s.data_seed, s.train_samples)
         heldout = load_data(s.data, "heldout")
     policy, scorer = load_models(s, out, "train")
-    policy.model = add_lora(policy.model, s.lora_rank, s.seed, s.checkpoint_layers)
+    policy.model = add_lora(policy.model, s.lora_rank, s.seed, s.save_memory >= 2)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
@@ -207,7 +214,7 @@ def passes(s: Settings) -> list[list[slice]]:
     """
     size = s.prompts_per_step // s.minibatches
     starts = range(0, s.prompts_per_step, size)
-    return [slices(start, start + size, s.prompts_per_pass) for start in starts]
+    return [slices(start, start + size, 1 if s.save_memory else size) for start in starts]
 
 
 @torch.no_grad()
@@ -231,13 +238,12 @@ def fixed_logprobs(policy: Policy, prompts: Prompts, completions: Completions, s
 def update(policy, optimizer, prompts, completions, advantages, old, reference, s: Settings):
     """Update the adapter. Returns `clip_side` of each token, (B, G, T), and statistics to log.
 
-    Gradients add up over the passes of a mini-batch, so `prompts_per_pass` does not change them.
+    Gradients add up over the passes of a mini-batch, so their number does not change the result.
     """
     policy.model.train()  # only for gradient checkpointing: there is no dropout
     mask, advantages = completions.mask.to(policy.device), advantages.to(policy.device)
     clipped = torch.zeros(mask.shape, dtype=torch.int32, device=policy.device)
     clip = (s.eps_low, s.eps_high)
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
     log, norms = [], []
     for minibatch in passes(s) * s.epochs:
         for rows in minibatch:
@@ -249,18 +255,17 @@ def update(policy, optimizer, prompts, completions, advantages, old, reference, 
             loss, statistics = grpo_loss(new, before, anchor, *group, *clip, s.beta, s.normalise)
             # The loss is a mean over this pass. Weight it by the pass's share of the mini-batch.
             share = (rows.stop - rows.start) * s.minibatches / s.prompts_per_step
-            (loss * share).backward()
+            policy.scaler.scale(loss * share).backward()
             statistics["entropy"] = entropy.sum() / mask[rows].sum()
             log.append({name: value * share for name, value in statistics.items()})
             ratio = (new.detach() - before).exp()
             clipped[rows] = clip_side(ratio, advantages[rows][..., None], *clip)
-        norms.append(torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM))
-        optimizer.step()
-        optimizer.zero_grad()
+        norms.append(clipped_step(optimizer, policy.scaler, MAX_GRAD_NORM))
     names = ("kl", "ratio", "clip_low", "clip_high", "entropy")
     means = {name: torch.stack([row[name] for row in log]).sum() / len(norms) for name in names}
     means["grad_norm"] = torch.stack(norms).mean()
-    return clipped.cpu(), {name: value.item() for name, value in means.items()}
+    values = torch.stack(list(means.values())).tolist()  # one wait for the GPU, not one for each
+    return clipped.cpu(), dict(zip(means, values, strict=True))
 
 
 def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metrics) -> None:
@@ -405,11 +410,11 @@ def segment(s: SegmentSettings) -> None:
             raise ValueError("name the picture to write, such as found.png (or .jpg, .pdf, .svg)")
     with exit_on_error(f"--sam {s.sam}"):
         sam = load_sam(s.sam)
-    policy = load_vlm(s.vlm, s.device, s.side, s.prompt, s.adapter)
+    policy = load_policy(s)
     one = Sample(image, query, np.zeros((image.height, image.width), bool), None, s.image)
     completions = sample_completions(policy, policy.read([one]), s, greedy=True)
     text = policy.texts(completions)[0][0]
-    scorer = SamScorer(sam, policy.device, offload=s.sam_offload)
+    scorer = SamScorer(sam, policy.device, offload=s.save_memory >= 3)
     scores = score_completions(scorer, [one], [[text]], policy.frame, keep_masks=True)
     answer, prompt = scores.answers[0][0], scores.prompts[0][0]
     mask = scores.overlap.masks[0][0].cpu().numpy()

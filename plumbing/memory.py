@@ -8,7 +8,13 @@ import re
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, Qwen2_5_VLConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
 
 from plumbing.sam import SAM_SIZES, build_sam
 
@@ -18,6 +24,16 @@ LOGITS_AT_ONCE = 39_000_000  # as in grpo.py, which this file must not import
 
 # The sizes of the language models, as published in their config.json.
 PUBLISHED = {
+    "Qwen/Qwen3-VL-2B-Instruct": dict(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
     "Qwen/Qwen2.5-VL-3B-Instruct": dict(
         hidden_size=2048,
         intermediate_size=11008,
@@ -42,13 +58,30 @@ PUBLISHED = {
 def published_config(vlm: str) -> PretrainedConfig:
     """The config of a VLM, without its weights.
 
-    For Qwen2.5-VL-3B and 7B it is built from the published sizes, so nothing is downloaded. For
-    any other name or folder it is read from config.json.
+    For the models of the presets it is built from the published sizes, so nothing is downloaded.
+    For any other name or folder it is read from config.json.
     """
     if vlm not in PUBLISHED:
         return AutoConfig.from_pretrained(vlm)
+    text = PUBLISHED[vlm]
+    if "Qwen3" in vlm:
+        rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+        vision = dict(
+            depth=24,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_heads=16,
+            patch_size=16,
+            spatial_merge_size=2,
+            out_hidden_size=text["hidden_size"],
+            deepstack_visual_indexes=[5, 11, 17],
+        )
+        return Qwen3VLConfig(
+            text_config=text | {"rope_parameters": rope | {"mrope_interleaved": True}},
+            vision_config=vision,
+            tie_word_embeddings=True,
+        )
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = PUBLISHED[vlm] | {"rope_parameters": rope}
     vision = dict(
         depth=32,
         hidden_size=1280,
@@ -61,7 +94,7 @@ def published_config(vlm: str) -> PretrainedConfig:
         out_hidden_size=text["hidden_size"],
     )
     return Qwen2_5_VLConfig(
-        text_config=text,
+        text_config=text | {"rope_parameters": rope},
         vision_config=vision,
         tie_word_embeddings=text["tie_word_embeddings"],
     )
@@ -136,11 +169,12 @@ def expected_memory(s, vlm: str, targets: str) -> dict[str, Parts]:
         "adapter": (n.adapter * 16, f"{adapter}: weight, gradient, two moments of AdamW, float32"),
     }
     with_sam = policy | {"SAM weights": sam_weights}
-    outside_reward = policy if s.sam_offload else with_sam
+    passes = 1 if s.save_memory else n.B // s.minibatches  # prompts in a pass
+    outside_reward = policy if s.save_memory >= 3 else with_sam
     return {
         "rollout": outside_reward | rollout_parts(n, s.rollout_prompts),
         "reward": with_sam | reward_parts(n),
-        "update": outside_reward | update_parts(n, s.prompts_per_pass, s.checkpoint_layers),
+        "update": outside_reward | update_parts(n, passes, s.save_memory >= 2),
     }
 
 

@@ -4,7 +4,7 @@ Building a model of any size, loading its weights, and the four functions around
 needs less memory, the resized input, the embedding of prompts, and masks at full size.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,10 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
-from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
+
+from plumbing.devices import to_device
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "sam.safetensors"
 
@@ -135,6 +137,26 @@ def load_sam(spec: str) -> Sam:
     return sam
 
 
+@lru_cache
+def grid_positions(H: int, W: int, device: torch.device, dtype: torch.dtype):
+    """What `folded_attention` needs to know about a grid of H x W places. Computed once.
+
+    Returns the indices (H, H) and (W, W) of each pair's entry in the tables of relative positions,
+    and row and column of each place as one-hot vectors, (HW, H + W).
+
+    `segment_anything`'s get_rel_pos computes the indices on the CPU, for each block and image. To
+    index a tensor on a GPU with them makes the host wait, 64 times an image for ViT-H.
+    """
+
+    def differences(n: int) -> torch.Tensor:
+        place = torch.arange(n, device=device)
+        return place[:, None] - place + n - 1
+
+    row = torch.eye(H, device=device, dtype=dtype).repeat_interleave(W, 0)
+    column = torch.eye(W, device=device, dtype=dtype).repeat(H, 1)
+    return differences(H), differences(W), torch.cat([row, column], 1)
+
+
 def folded_attention(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     """`segment_anything`'s attention without its (heads, HW, HW) tensor. (B, H, W, C) -> same.
 
@@ -149,17 +171,30 @@ def folded_attention(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     qkv = attention.qkv(x).reshape(B, H * W, 3, heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, HW, c)
     grid = q.reshape(B, heads, H, W, -1)
-    table_h = get_rel_pos(H, H, attention.rel_pos_h).to(q.dtype)
-    table_w = get_rel_pos(W, W, attention.rel_pos_w).to(q.dtype)
+    rows, columns, one_hot = grid_positions(H, W, x.device, q.dtype)
+    table_h = attention.rel_pos_h[rows].to(q.dtype)  # (H, H, c)
+    table_w = attention.rel_pos_w[columns].to(q.dtype)  # (W, W, c)
     rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, table_h).flatten(2, 3)  # (B, heads, HW, H)
     rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, table_w).flatten(2, 3)  # (B, heads, HW, W)
-    row = torch.eye(H, device=x.device, dtype=q.dtype).repeat_interleave(W, 0)  # (HW, H) one-hot
-    column = torch.eye(W, device=x.device, dtype=q.dtype).repeat(H, 1)  # (HW, W) one-hot
     q = torch.cat([q * attention.scale, rel_h, rel_w], -1)
-    k = torch.cat([k, torch.cat([row, column], 1).expand(B, heads, -1, -1)], -1)
+    k = torch.cat([k, one_hot.expand(B, heads, -1, -1)], -1)
     out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, H + W)), scale=1.0)
     out = out[..., : v.shape[-1]]
     return attention.proj(out.transpose(1, 2).reshape(B, H, W, -1))
+
+
+def load_weights(sam: Sam, device: torch.device) -> list[torch.Tensor]:
+    """Copy the weights to a device. Returns those in host memory, for `restore_weights`."""
+    host = [x.data for x in (*sam.parameters(), *sam.buffers())]
+    for x in (*sam.parameters(), *sam.buffers()):
+        x.data = to_device(x.data, device)
+    return host
+
+
+def restore_weights(sam: Sam, host: list[torch.Tensor]) -> None:
+    """Use the weights in host memory again. SAM is frozen, so nothing is copied back."""
+    for x, weight in zip((*sam.parameters(), *sam.buffers()), host, strict=True):
+        x.data = weight
 
 
 def sam_input(image: Image.Image, side: int) -> tuple[torch.Tensor, torch.Tensor]:

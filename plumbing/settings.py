@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from plumbing.command_line import parse, setting
 
-PRESETS = ("tiny", "qwen3b", "qwen7b")
+PRESETS = ("tiny", "qwen2b", "qwen3b", "qwen7b")
 # See `reward.accuracy_reward`, `reward.box_ious` and `reward.segzero_reward`.
 ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
 
@@ -19,10 +19,20 @@ ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mas
 @dataclass
 class Models:
     _argument_group_name = "models and device"
-    preset: str = setting("tiny", "fills in other settings; qwen3b and qwen7b: 24 GB", PRESETS)
+    preset: str = setting(
+        "tiny", "fills in others; for a GPU of 12, 16, 24 GB: qwen2b, qwen3b, qwen7b", PRESETS
+    )
     vlm: str = setting("tiny", "policy: tiny, a hub name or a local folder. Paper: Qwen2.5-VL-7B")
     sam: str = setting("tiny", "segmenter: tiny or vit_b|vit_l|vit_h:CHECKPOINT. Paper: SAM2-Large")
-    device: str = setting("auto", "auto takes cuda, then mps, then cpu")
+    device: str = setting("auto", "auto takes cuda, then mps, then cpu; also cuda:N")
+    dtype: str = setting(
+        "auto",
+        "of the policy; auto: bfloat16 on a GPU, else float32. The adapter is always float32",
+        ("auto", "bfloat16", "float16", "float32"),
+    )
+    load_in_4bit: bool = setting(
+        False, "hold the language model's frozen weights in 4 bit (NF4); needs bitsandbytes"
+    )
     side: int = setting(64, "images are resized to this square, pixels. Paper: 840")
     prompt: str = setting(
         "brief",
@@ -31,7 +41,11 @@ class Models:
     )
     max_new_tokens: int = setting(48, "longest completion, tokens; the tiny model needs 30")
     rollout_prompts: int = setting(64, "prompts that are decoded together, with all completions")
-    sam_offload: bool = setting(False, "keep SAM in host memory while it is not used")
+    save_memory: int = setting(
+        0,
+        "0: no; 1: one prompt in a forward and backward pass, not a whole mini-batch; 2: recompute "
+        "the layers in the backward pass too; 3: keep SAM in host memory too while it is unused",
+    )
 
 
 @dataclass
@@ -90,10 +104,6 @@ class Objective:
         "linear", "linear to zero at the last step. *Assumed*", ("linear", "constant")
     )
     lora_rank: int = setting(16, "rank of the adapter. Not in the paper, which trains all weights")
-    prompts_per_pass: int = setting(8, "prompts in one forward and backward pass: memory for speed")
-    checkpoint_layers: bool = setting(
-        False, "recompute the layers in the backward pass: less memory, more time"
-    )
     eval_samples: int = setting(256, "held-out samples before and after training")
     save_every: int = setting(50, "steps between checkpoints and pictures")
 
@@ -129,34 +139,36 @@ class SegmentSettings(Models, SegmentFlags):
     """Settings of `segment`."""
 
 
-# One 24 GB GPU. Paper: side, G, eps, 3,000 samples (375 steps of 8 prompts). *Assumed*: the rest.
+# One GPU. Paper: side, G, eps, 3,000 samples (375 steps of 8 prompts). *Assumed*: the rest.
+VIT_B = "vit_b:sam_vit_b_01ec64.pth"
 QWEN = dict(
     sam="vit_h:sam_vit_h_4b8939.pth", data="refcocog:data", side=840, prompt="full",
     max_new_tokens=512, steps=375, lr=1e-5, lr_decay="constant", epochs=1, lora_rank=32,
-    prompts_per_pass=1, rollout_prompts=8, checkpoint_layers=True, save_every=25,
+    rollout_prompts=8, save_memory=3, save_every=25,
 )  # fmt: skip
 PRESET_VALUES = {
     "tiny": {},
+    "qwen2b": QWEN | dict(vlm="Qwen/Qwen3-VL-2B-Instruct", sam=VIT_B, rollout_prompts=3),
     "qwen3b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct"),
-    "qwen7b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", rollout_prompts=4, sam_offload=True),
+    "qwen7b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", rollout_prompts=4),
 }
 # --resume may change how far a run goes, where things are, and how they are computed.
 MAY_CHANGE = set(
-    """steps vlm sam data device out prompts_per_pass rollout_prompts checkpoint_layers sam_offload
-    save_every limit""".split()
+    "steps vlm sam data device dtype out rollout_prompts save_memory save_every limit".split()
 )
 
 
 # Bounds of the numbers above. All of them must also be finite.
 AT_LEAST = {
-    0: "seed data_seed eps_low eps_high beta steps limit",
+    0: "seed data_seed eps_low eps_high beta steps limit save_memory",
     1: """side max_new_tokens rollout_prompts train_samples prompts_per_step epochs minibatches
-        lora_rank prompts_per_pass eval_samples save_every""",
+        lora_rank eval_samples save_every""",
     2: "group_size",  # the advantage compares the completions of a group
 }
 ABOVE = {0: "temperature top_p lr"}
 AT_MOST = {
     1: "eps_low top_p",
+    3: "save_memory",
     1024: "lora_rank",
     4096: "side max_new_tokens",
     2**63 - 1: "seed data_seed",
