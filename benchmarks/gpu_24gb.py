@@ -351,7 +351,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=sorted({*POLICIES, *PARTS}), default=PARTS)
     parser.add_argument("--steps", type=int, default=2, help="of each preset; the last is reported")
-    parser.add_argument("--out", default="gpu.json")
+    parser.add_argument("--out", default="runs/gpu.json")
     parser.add_argument("--toy", action="store_true", help="toy size, on any device")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -364,6 +364,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
     found = "toy size: no figure means anything" if options.toy else "measured on this card"
     result = {"device": name, "torch": torch.__version__, "found": found, "parts": {}}
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         print(f"{part} ...", file=sys.stderr)
         result["parts"][part] = in_own_process(part, options.steps, options.toy)

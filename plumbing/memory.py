@@ -20,6 +20,8 @@ from plumbing.sam import SAM_SIZES, build_sam
 
 Parts = dict[str, tuple[int, str]]  # name of a part: its bytes, and how they are computed
 
+# NF4 with double quantisation: half a byte, a byte for a block of 64, 4 bytes for 256 blocks.
+BYTES_4BIT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 LOGITS_AT_ONCE = 39_000_000  # as in grpo.py, which this file must not import
 
 # The sizes of the language models, as published in their config.json.
@@ -104,7 +106,10 @@ def published_config(vlm: str) -> PretrainedConfig:
 class Sizes:
     """The sizes that the estimate needs, from the settings and the models."""
 
-    weights: int  # of the VLM
+    weights: int  # of the VLM that keep the dtype
+    four_bit: int  # weights of the VLM in 4 bit
+    matrix: int  # weights of the largest matrix in 4 bit, 0 without
+    bytes: int  # of a number in the policy's dtype
     adapter: int  # weights of the LoRA adapter
     sam_weights: int
     layers: int
@@ -129,9 +134,15 @@ def read_sizes(s, vlm: str, targets: str) -> Sizes:
         sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
     text, vision = config.text_config, config.vision_config
     linears = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
+    # These are also the layers that `plumbing.devices.four_bit` quantises.
+    matrices = [m.weight.numel() for m in linears] if s.load_in_4bit else []
+    weights = sum(p.numel() for p in model.parameters())
     image_tokens = (s.side // (vision.patch_size * vision.spatial_merge_size)) ** 2
     return Sizes(
-        weights=sum(p.numel() for p in model.parameters()),
+        weights=weights - sum(matrices),
+        four_bit=sum(matrices),
+        matrix=max(matrices, default=0),
+        bytes=4 if s.dtype == "float32" else 2,
         adapter=s.lora_rank * sum(m.in_features + m.out_features for m in linears),
         sam_weights=sum(p.numel() for p in sam.parameters()),
         layers=text.num_hidden_layers,
@@ -139,7 +150,7 @@ def read_sizes(s, vlm: str, targets: str) -> Sizes:
         inner=text.intermediate_size,
         vocabulary=text.vocab_size,
         kv_heads=text.num_key_value_heads,
-        head=text.hidden_size // text.num_attention_heads,
+        head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         sam_width=sam.prompt_encoder.embed_dim,
         sam_grid=sam.prompt_encoder.image_embedding_size[0],
         prompt=image_tokens + (250 if s.prompt == "full" else 20),  # about so many text tokens
@@ -150,9 +161,10 @@ def read_sizes(s, vlm: str, targets: str) -> Sizes:
 
 
 def expected_memory(s, vlm: str, targets: str) -> dict[str, Parts]:
-    """Expected GPU memory of a training step in bfloat16, in bytes, by phase and part.
+    """Expected GPU memory of a training step, in bytes, by phase and part.
 
-    This is an estimate: allocators round up, and kernels need workspace.
+    --dtype auto counts as bfloat16. This is an estimate: allocators round up, and kernels need
+    workspace.
 
     s:       samr1_mini.Settings.
     vlm:     name or folder of the policy.
@@ -164,10 +176,18 @@ def expected_memory(s, vlm: str, targets: str) -> dict[str, Parts]:
     n = read_sizes(s, vlm, targets)
     adapter = f"{n.adapter / 1e6:.1f}e6 weights x 16 bytes"
     sam_weights = (n.sam_weights * 4, f"{n.sam_weights / 1e6:.0f}e6 weights x 4 bytes")
+    weights = f"{n.weights / 1e9:.2f}e9 weights x {n.bytes} bytes"
     policy = {
-        "policy weights": (n.weights * 2, f"{n.weights / 1e9:.2f}e9 weights x 2 bytes"),
+        "policy weights": (n.weights * n.bytes, weights),
         "adapter": (n.adapter * 16, f"{adapter}: weight, gradient, two moments of AdamW, float32"),
     }
+    if n.four_bit:
+        policy["policy weights, 4 bit"] = (
+            int(n.four_bit * BYTES_4BIT),
+            f"{n.four_bit / 1e9:.2f}e9 x {BYTES_4BIT:.3f} bytes: 4 bit, and scales of blocks",
+        )
+        size = n.matrix * n.bytes
+        policy["one matrix converted"] = (size, f"{n.matrix / 1e6:.0f}e6 x {n.bytes} bytes")
     with_sam = policy | {"SAM weights": sam_weights}
     passes = 1 if s.save_memory else n.B // s.minibatches  # prompts in a pass
     outside_reward = policy if s.save_memory >= 3 else with_sam
@@ -183,8 +203,8 @@ def rollout_parts(n: Sizes, rollout_prompts: int) -> Parts:
     prompts = min(rollout_prompts, n.B)
     rows = prompts * n.G
     length = -(-(n.prompt + n.T) // 16) * 16  # grpo.Decoder rounds up to a multiple of 16
-    token = n.layers * 2 * n.kv_heads * n.head * 2  # bytes of keys and values
-    heads = f"{n.layers} layers x 2 x {n.kv_heads} heads x {n.head} x 2 bytes"
+    token = n.layers * 2 * n.kv_heads * n.head * n.bytes  # bytes of keys and values
+    heads = f"{n.layers} layers x 2 x {n.kv_heads} heads x {n.head} x {n.bytes} bytes"
     return {
         "keys and values": (rows * length * token, f"{rows} rows x {length} tokens x {heads}"),
         "keys of the prompts": (
@@ -211,19 +231,24 @@ def update_parts(n: Sizes, passes: int, checkpoint_layers: bool) -> Parts:
     """Memory of a forward and backward pass over `passes` packed rows."""
     L = n.prompt + n.G * n.T
     tokens = f"{passes} x {L} tokens"
-    layer = passes * L * (56 * n.hidden + 16 * n.inner)  # bytes of a layer's activations
-    width = f"(56 x {n.hidden} + 16 x {n.inner}) bytes"
+    wide = n.bytes // 2  # a layer's activations in units of 16 bit
+    layer = passes * L * (56 * n.hidden + 16 * n.inner) * wide
+    width = f"({56 * wide} x {n.hidden} + {16 * wide} x {n.inner}) bytes"
     inputs = (layer * n.layers, f"{tokens} x {n.layers} layers x {width}")
     if checkpoint_layers:
         inputs = (
-            passes * L * n.layers * n.hidden * 2,
-            f"{tokens} x {n.layers} layers x {n.hidden} x 2 bytes",
+            passes * L * n.layers * n.hidden * n.bytes,
+            f"{tokens} x {n.layers} layers x {n.hidden} x {n.bytes} bytes",
         )
     V = n.vocabulary
     chunk = min(passes * n.G * n.T, max(1, LOGITS_AT_ONCE // V))
-    return {
+    parts = {
         "inputs of the layers": inputs,
-        "one layer recomputed": (layer, f"{tokens} x {width}"),
         "attention mask": (passes * L * L * 3, f"{passes} x {L} x {L} x (1 + 2) bytes"),
+    }
+    # The logits are gone before the first layer is recomputed, so the larger of both counts.
+    either = {
+        "one layer recomputed": (layer, f"{tokens} x {width}"),
         "logits": (chunk * V * 14, f"{chunk} positions x {V} x (2 + 3 x 4) bytes"),
     }
+    return parts | dict([max(either.items(), key=lambda part: part[1][0])])

@@ -139,8 +139,8 @@ class SegmentSettings(Models, SegmentFlags):
     """Settings of `segment`."""
 
 
-# One GPU. Paper: side, G, eps, 3,000 samples (375 steps of 8 prompts). *Assumed*: the rest.
 VIT_B = "vit_b:sam_vit_b_01ec64.pth"
+# One GPU. Paper: side, G, eps, 3,000 samples (375 steps of 8 prompts). *Assumed*: the rest.
 QWEN = dict(
     sam="vit_h:sam_vit_h_4b8939.pth", data="refcocog:data", side=840, prompt="full",
     max_new_tokens=512, steps=375, lr=1e-5, lr_decay="constant", epochs=1, lora_rank=32,

@@ -627,7 +627,11 @@ def test_the_gpu_benchmark_runs_at_toy_size_and_reports_a_missing_gpu(monkeypatc
     monkeypatch.setattr(sys, "argv", ["gpu_24gb.py"])
     gpu_24gb.main()
     assert "no CUDA device" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["gpu_24gb.py", "--toy", "--steps", "1"])
-    gpu_24gb.main()
-    measured = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert measured["length"] == 8 and measured["toy"]  # a random policy does not stop by itself
+    measured = gpu_24gb.run_part("qwen2b", steps=1, toy=True)
+    last = measured["last_step"]
+    assert last["length"] == 8 and last["answer_format"] == 1  # it ends nothing, answers are fixed
+    assert measured["first_ratio"] == 1 and measured["decoder_difference"] < 1e-4
+    assert not measured["graph"] and not measured["waits"]
+    result = {"device": "CPU", "torch": "2", "found": "toy", "parts": {"qwen2b": measured}}
+    table = gpu_24gb.markdown(result).splitlines()
+    assert table[-1].startswith("| qwen2b | ") and table[-1].count("|") == table[2].count("|")

@@ -406,7 +406,11 @@ def test_each_level_of_save_memory_adds_one_saving():
 # Peaks of torch's caching allocator in GiB: real code at true sizes on a stubbed CUDA runtime, no
 # kernel ran. Second of two steps of `python -m benchmarks.gpu_24gb`.
 PEAKS = {
-    "qwen2b": dict(rollout=0.0, reward=0.0, update=0.0),
+    "qwen2b": dict(rollout=8.56, reward=5.53, update=6.18),
+    "qwen3b": dict(rollout=11.88, reward=10.96, update=10.20),
+    "qwen3b-4bit": dict(rollout=7.93, reward=7.00, update=6.22),
+    "qwen7b": dict(rollout=19.68, reward=19.60, update=20.10),
+    "qwen7b-4bit": dict(rollout=10.65, reward=10.58, update=11.04),
 }
 
 

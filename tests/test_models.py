@@ -120,7 +120,7 @@ def test_qwen3vl_logprobs_equal_a_separate_forward(qwen3vl):
 @pytest.mark.slow
 def test_qwen3vl_trains_from_the_command_line(qwen3vl, tmp_path):
     flags = "--side 96 --steps 1 --eval_samples 2 --prompts_per_step 2 --group_size 2"
-    flags += " --max_new_tokens 6 --checkpoint_layers"
+    flags += " --max_new_tokens 6 --save_memory 2"
     run = tmp_path / "run"
     command = ["train", "--vlm", str(qwen3vl), *flags.split(), "--out", str(run)]
     samr1_mini.main(command)

@@ -246,9 +246,9 @@ def test_defaults_and_presets_are_valid_and_a_flag_wins():
         for preset in settings.PRESETS:
             assert not settings.problem(parse_settings(command, ["--preset", preset]))
     assert parse_settings("train", ["--preset", "qwen7b"]).rollout_prompts == 4
-    flags = ["--rollout_prompts", "2", "--preset", "qwen7b", "--sam_offload", "false"]
+    flags = ["--rollout_prompts", "2", "--preset", "qwen7b", "--save_memory", "0"]
     s = parse_settings("train", flags)
-    assert s.rollout_prompts == 2 and not s.sam_offload and s.side == 840
+    assert s.rollout_prompts == 2 and s.save_memory == 0 and s.side == 840
 
 
 def test_every_number_has_a_lower_bound_and_every_setting_a_help_text():
