@@ -16,6 +16,9 @@ from plumbing.devices import choose_device, choose_dtype, four_bit, keep_gradien
 # peft asks for this property of every model. The warning does not concern the user.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
+# What transformers raises on a folder that holds no model, or a damaged one.
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError)
+
 
 @dataclass
 class Prompts:
@@ -178,7 +181,7 @@ def load_vlm(
     if load_in_4bit:
         with exit_on_error("--load_in_4bit"):
             options |= four_bit(name == "tiny", dtype, device)
-    with exit_on_error(f"--vlm {name}"):
+    with exit_on_error(f"--vlm {name}", UNREADABLE):
         if path.startswith((".", "/", "~")) and not Path(path).is_dir():
             raise FileNotFoundError("there is no such folder")
         processor = AutoProcessor.from_pretrained(path)
