@@ -629,7 +629,7 @@ def test_the_gpu_benchmark_runs_at_toy_size_and_reports_a_missing_gpu(monkeypatc
     assert "no CUDA device" in capsys.readouterr().out
     measured = gpu_24gb.run_part("qwen2b", steps=1, toy=True)
     last = measured["last_step"]
-    assert last["length"] == 8 and last["answer_format"] == 1  # it ends nothing, answers are fixed
+    assert 0 < last["length"] <= 8 and last["answer_format"] == 1  # the answers are fixed
     assert measured["first_ratio"] == 1 and measured["decoder_difference"] < 1e-4
     assert not measured["graph"] and not measured["waits"]
     result = {"device": "CPU", "torch": "2", "found": "toy", "parts": {"qwen2b": measured}}
