@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Shapes, messages
+from plumbing import runs
 from plumbing.sam import load_sam
 from reward import SamScorer
 
@@ -24,6 +25,12 @@ def pytest_configure(config):
     for number in range(1, 11):
         meaning = f"exercise_{number}: a test of exercise {number} of the assignment"
         config.addinivalue_line("markers", meaning)
+
+
+def pytest_unconfigure(config):
+    """Close the locks of all folders that tests have opened: Python warns of each open file."""
+    while runs._locks:
+        runs._locks.popitem()[1].close()
 
 
 def missing_exercise(error: BaseException | None) -> str | None:

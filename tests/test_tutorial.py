@@ -16,6 +16,7 @@ from PIL import Image
 import samr1_mini
 from benchmarks import ablations, failures, mask_or_box
 from benchmarks.sweep import run_folder
+from data import Shapes
 
 ROOT = Path(samr1_mini.__file__).parent
 TEXT = (ROOT / "TUTORIAL.md").read_text()
@@ -160,7 +161,7 @@ def test_figures_are_drawn(name, folder, tmp_path, monkeypatch):
 def test_report_memory_and_help(folder, monkeypatch, capsys):
     run(monkeypatch, folder, f"python -m tools.report {RUN}")
     page = (folder / RUN / "report.html").read_text()
-    assert "the largest circle" in page
+    assert Shapes("heldout")[0].query in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     run(monkeypatch, folder, "python -m tools.memory --preset qwen3b")
     with pytest.raises(SystemExit):
