@@ -992,6 +992,8 @@ def read_formats(text):
     if body is None:
         return False, False
     think = bool(thought and thought.strip() and not outside.strip())
+    if len(body) > 2000:  # longer answers are not read
+        return think, False
 
     def value(number):
         return float(int(number, 16)) if "x" in number else float(number)
