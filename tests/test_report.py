@@ -814,7 +814,8 @@ def test_outlines_are_drawn_with_a_dark_edge(browser, address):
     for selector, colours in parts.items():
         pixels = browser.screenshot(selector).astype(int)
         dark = np.pad(pixels.sum(2) < 60, 3)
-        shifts = [np.roll(dark, (y, x), (0, 1)) for y in (-3, 0, 3) for x in (-3, 0, 3)]
+        steps = range(-3, 4)
+        shifts = [np.roll(dark, (y, x), (0, 1)) for y in steps for x in steps]
         near = np.any(shifts, axis=0)[3:-3, 3:-3]  # within 3 pixels of a dark one
         for colour in colours:
             line = (abs(pixels - colour) < 8).all(2)
