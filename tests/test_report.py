@@ -808,13 +808,14 @@ def test_the_browser_shows_the_texts_of_the_files(browser, address, run):
 
 @pytest.mark.slow
 def test_outlines_are_drawn_with_a_dark_edge(browser, address):
-    browser.open(address + "#step-50")
+    browser.open(address + "#step-1")  # where masks are far from the truth
     green, magenta = (0, 255, 0), (255, 0, 255)
-    parts = {"#step-50 li svg": [green], "#step-50 li + li svg": [green, magenta]}
+    parts = {"#step-1 li svg": [green], "#step-1 li + li svg": [green, magenta]}
     for selector, colours in parts.items():
         pixels = browser.screenshot(selector).astype(int)
         dark = np.pad(pixels.sum(2) < 60, 3)
-        shifts = [np.roll(dark, (y, x), (0, 1)) for y in (-3, 0, 3) for x in (-3, 0, 3)]
+        steps = range(-3, 4)
+        shifts = [np.roll(dark, (y, x), (0, 1)) for y in steps for x in steps]
         near = np.any(shifts, axis=0)[3:-3, 3:-3]  # within 3 pixels of a dark one
         for colour in colours:
             line = (abs(pixels - colour) < 8).all(2)
