@@ -808,9 +808,9 @@ def test_the_browser_shows_the_texts_of_the_files(browser, address, run):
 
 @pytest.mark.slow
 def test_outlines_are_drawn_with_a_dark_edge(browser, address):
-    browser.open(address + "#step-50")
+    browser.open(address + "#step-1")  # where masks are far from the truth
     green, magenta = (0, 255, 0), (255, 0, 255)
-    parts = {"#step-50 li svg": [green], "#step-50 li + li svg": [green, magenta]}
+    parts = {"#step-1 li svg": [green], "#step-1 li + li svg": [green, magenta]}
     for selector, colours in parts.items():
         pixels = browser.screenshot(selector).astype(int)
         dark = np.pad(pixels.sum(2) < 60, 3)

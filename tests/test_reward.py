@@ -959,7 +959,7 @@ def test_frame_must_be_that_of_the_answers(scorer, samples):
 # Hostile completions
 # --------------------------------------------------------------------------------------------------
 
-NUMBER = r"[-+]?(?:0x[0-9]+|(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
+NUMBER = r"[-+]?(?:0x[0-9]+|(?:[0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
 
 
 def find_answer(text):
@@ -1006,7 +1006,7 @@ def read_formats(text):
 
     boxes = [box for box in lists("bbox", 4) if box[0] < box[2] and box[1] < box[3]]
     points = [lists(key, 2) for key in ("points_1", "points_2")]
-    braces = re.fullmatch(r"\s*(```\w*)?[\s(]*\{.*\}[\s)]*(```)?\s*", body, re.DOTALL)
+    braces = re.fullmatch(r"(```\w*)?[\s(]*\{.*\}[\s)]*(```)?", body.strip(), re.DOTALL)
     return think, bool(braces and boxes and all(points))
 
 
