@@ -222,7 +222,8 @@ tags: [segmentation, grpo, lora]
 - {s.prompts_per_step} prompts a step, {s.group_size} completions each, seed {s.seed}
 - accuracy reward {s.accuracy}, beta {s.beta:g}, learning rate {s.lr:g}, LoRA rank {s.lora_rank}
 
-Greedy answers on held-out samples. "ceiling" is the segmenter with the true box.
+Greedy answers on held-out samples. "ceiling" is the segmenter with the
+true box and two good points.
 
 | | gIoU | cIoU | samples |
 |---|---|---|---|
