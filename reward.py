@@ -11,7 +11,8 @@ The file follows the data: `parse_answer`, `sam_prompt`, `SamScorer` (prompts to
 all images and completions of a step at once), `accuracy_reward`, `score_completions` (all of it).
 
 Where this departs from the paper:
-  1. The segmenter is SAM 1 (`segment_anything`); the paper uses SAM2-Large.
+  1. The default segmenter is SAM 1 (`segment_anything`). The paper uses SAM2-Large, which
+     `--sam sam2:facebook/sam2-hiera-large` loads.
   2. A violated format earns 0, a right one 1. *Assumed*: the paper has a penalty and does not give
      its size. Advantages subtract the mean of a group, so 1 and 0 have the same effect as 0 and -1.
   3. The JSON keys and the number of points follow Seg-Zero. *Assumed*: not stated in the paper.
@@ -21,18 +22,16 @@ any text, and no reward is NaN. Errors of our own code are never caught: a bug i
 look like a bug, not like a bad policy.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from segment_anything.modeling import Sam
 from torchvision.ops import box_iou, masks_to_boxes
 
 from plumbing.answers import find_block, json_object, last_block, numbers
 from plumbing.devices import half_precision, to_device
-from plumbing.sam import embed_prompts, load_weights, restore_weights, sam_input, upsample_masks
+from plumbing.sam import load_weights, restore_weights
 from plumbing.scenes import interior_points
 
 # --------------------------------------------------------------------------------------------------
@@ -108,46 +107,7 @@ def sam_prompt(answer: Answer, frame: float, width: int, height: int) -> SamProm
 
 
 # --------------------------------------------------------------------------------------------------
-# Prompts to masks
-# --------------------------------------------------------------------------------------------------
-
-
-def decode_masks(
-    sam: Sam,
-    embeddings: torch.Tensor,
-    image_index: torch.Tensor,
-    boxes: torch.Tensor | None,
-    points: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode N prompts on any of B images in one call of the mask decoder.
-
-    embeddings:  (B, C, h, w) image embeddings.
-    image_index: (N,) int64, the image that each prompt is about.
-    boxes:       (N, 4) x1, y1, x2, y2, or None. In pixels of the encoder's input.
-    points:      (N, K, 2) x, y, all foreground, or None. In the same pixels. Not both None.
-
-    Returns mask logits (N, 4, 4h, 4w) and the decoder's own estimates of their IoU (N, 4). Mask 0
-    is the single-mask output; masks 1 to 3 are the three candidates for an ambiguous prompt.
-
-    SAM embeds a prompt as two tensors: sparse (tokens of the box and the points) and dense (a map
-    of a mask prompt; we give none, so it is the learned `no_mask` vector everywhere). `MaskDecoder`
-    takes one image per call: it repeats that image's embedding for every prompt and adds the dense
-    embedding. Only the sum counts. So pass zeros as the image embedding and add each image's
-    embedding to its prompt's dense embedding.
-    """
-    # exercise 2: prompts on B images in one call of the decoder
-    no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
-    return sam.mask_decoder.predict_masks(
-        image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),
-        image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=embed_prompts(sam.prompt_encoder, boxes, points),
-        dense_prompt_embeddings=embeddings[image_index] + no_mask,
-    )
-    # end of exercise 2
-
-
-# --------------------------------------------------------------------------------------------------
-# Masks to IoU
+# Prompts to masks to IoU
 # --------------------------------------------------------------------------------------------------
 
 
@@ -191,27 +151,25 @@ def intersection_and_union(
 
 
 class SamScorer:
-    """A frozen SAM that scores all completions of a step at once.
+    """A frozen segmenter, SAM 1 or SAM 2, that scores all completions of a step at once.
 
     Each image is encoded once, however many completions are about it. Prompts that hold the same
     (a box and two points, a box only, ...) are decoded together, across images. Only the mask that
-    SAM itself rates best of its three is brought to full size. The masks are those that
-    `SamPredictor.predict` returns for the same prompt.
+    the model itself rates best of its three is brought to full size. The masks are those of the
+    model's own predictor for the same prompt: `SamPredictor`, or transformers' `Sam2Processor`.
     """
 
-    def __init__(
-        self, sam: Sam, device: str = "cpu", encoder_batch: int = 8, offload: bool = False
-    ):
-        """encoder_batch: images that are encoded together. offload: keep SAM in host memory between
-        calls of `score`; for ViT-H this frees 2.4 GiB of the GPU."""
+    def __init__(self, sam, device: str = "cpu", encoder_batch: int = 8, offload: bool = False):
+        """sam: from `load_sam`. Only its methods know which model it is (`plumbing.sam.Sam1`).
+
+        encoder_batch: images that are encoded together. offload: keep the model in host memory
+        between calls of `score`; for ViT-H this frees 2.4 GiB of the GPU.
+        """
         self.device, self.encoder_batch, self.offload = torch.device(device), encoder_batch, offload
         self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)
-        self.side = sam.image_encoder.img_size
-        # Prompts per decoder call, by the bytes of their dense embeddings: 16 of an official SAM on
-        # a GPU. On a CPU 4: glibc maps each block above 32 MiB anew, which is slow.
-        grid = math.prod(sam.prompt_encoder.image_embedding_size)
-        budget = 2**24 if self.device.type == "cpu" else 2**26  # bytes
-        self.decoder_batch = max(1, budget // (4 * sam.prompt_encoder.embed_dim * grid))
+        # Bytes of image embeddings in a decoder call. On a GPU 16 prompts of an official SAM 1. On
+        # a CPU 4: glibc maps each block above 32 MiB anew, which is slow.
+        self.decoder_bytes = 2**24 if self.device.type == "cpu" else 2**26
 
     @torch.no_grad()
     def score(self, samples: list, prompts: list[list[SamPrompt]], keep_masks=False) -> Overlap:
@@ -222,13 +180,13 @@ class SamScorer:
         """
         B, G = len(samples), len(prompts[0])
         host = load_weights(self.sam, self.device) if self.offload else None
-        embeddings, factors, input_sizes = self.encode([sample.image for sample in samples])
+        embeddings, factors = self.encode([sample.image for sample in samples])
         flat = [prompt for group in prompts for prompt in group]
         logits, prompted = self._best_logits(embeddings, factors, flat)
         logits = logits.unflatten(0, (B, G))
         overlaps, masks = [], []
         for b, sample in enumerate(samples):  # one by one: every image has its own size
-            full = upsample_masks(logits[b], self.side, input_sizes[b], sample.mask.shape)
+            full = self.sam.upsample(logits[b], sample.mask.shape)
             mask = full > self.sam.mask_threshold  # (G, H, W)
             truth, ignore = (
                 None if pixels is None else self._to_device(torch.from_numpy(pixels))
@@ -242,25 +200,26 @@ class SamScorer:
         return Overlap(intersection, union, prompted.view(B, G), masks if keep_masks else None)
 
     @torch.no_grad()
-    def encode(self, images: list[Image.Image]):
-        """Returns embeddings (B, C, h, w), factors (B, 2) and sizes (h, w), see `sam_input`."""
-        pixels, factors = zip(*(sam_input(image, self.side) for image in images), strict=True)
-        embeddings = []
+    def encode(self, images: list[Image.Image]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Encode B images. Returns levels of embeddings, (B, C, h, w) float32 each, and factors
+        (B, 2), float64, from image pixels x, y to those of the encoder's input."""
+        pixels, factors = zip(*map(self.sam.prepare, images), strict=True)
+        half = half_precision(self.device)  # for the encoder only, not for the decoder
+        batches = []
         for start in range(0, len(images), self.encoder_batch):
-            batch = pixels[start : start + self.encoder_batch]
-            batch = torch.stack([self.sam.preprocess(self._to_device(p)) for p in batch])
-            # Only the encoder runs in 16 bits, not the decoder.
-            half = half_precision(self.device)
+            batch = [self._to_device(p) for p in pixels[start : start + self.encoder_batch]]
             with torch.autocast(self.device.type, half, self.device.type == "cuda"):
-                embeddings.append(self.sam.image_encoder(batch).float())
-        return torch.cat(embeddings), torch.stack(factors), [tuple(p.shape[1:]) for p in pixels]
+                batches.append(self.sam.encode(batch))
+        levels = [torch.cat(level).float() for level in zip(*batches, strict=True)]
+        return levels, torch.stack(factors)
 
     def _best_logits(self, embeddings, factors, prompts: list[SamPrompt]):
-        """Logits (B*G, 4h, 4w) of the best of SAM's three masks for each of B*G prompts, and
-        whether the prompt was not empty (B*G,)."""
-        G = len(prompts) // len(embeddings)
-        h, w = embeddings.shape[2:]
-        best = embeddings.new_full((len(prompts), 4 * h, 4 * w), -1.0)  # negative: outside the mask
+        """Logits (B*G, 4h, 4w) of the best of three masks for each of B*G prompts, and whether the
+        prompt was not empty (B*G,). h, w: size of the last level of the embeddings."""
+        G = len(prompts) // len(factors)
+        h, w = embeddings[-1].shape[2:]
+        best = embeddings[-1].new_full((len(prompts), 4 * h, 4 * w), -1.0)  # -1: outside the mask
+        size = max(1, self.decoder_bytes // sum(level[0].nbytes for level in embeddings))
         # Group prompts by what they hold. Padding a missing point beside a box would change the
         # mask, because SAM was not trained on that.
         groups: dict[tuple[bool, int], list[int]] = {}
@@ -268,7 +227,7 @@ class SamScorer:
             groups.setdefault((prompt.box is not None, len(prompt.points)), []).append(index)
         empty_prompts = groups.pop((False, 0), [])
         for (has_box, count), members in groups.items():
-            for index in torch.tensor(members).split(self.decoder_batch):
+            for index in torch.tensor(members).split(size):
                 image = index // G
                 chosen, factor = [prompts[i] for i in index.tolist()], factors[image]  # (N, 2)
                 boxes = points = None
@@ -279,10 +238,9 @@ class SamScorer:
                     points = torch.tensor([p.points for p in chosen], dtype=torch.float64)
                     points = self._to_device((points * factor[:, None]).float())
                 image_index = self._to_device(image)
-                logits, rating = decode_masks(self.sam, embeddings, image_index, boxes, points)
-                winner = rating[:, 1:].argmax(1) + 1  # one of masks 1 to 3
+                logits, rating = self.sam.decode(embeddings, image_index, boxes, points)
                 each = torch.arange(len(index), device=self.device)
-                best[self._to_device(index)] = logits[each, winner]
+                best[self._to_device(index)] = logits[each, rating.argmax(1)]
         prompted = torch.ones(len(prompts), dtype=torch.bool)
         prompted[empty_prompts] = False
         return best, self._to_device(prompted)

@@ -219,7 +219,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[Path]]:
         description="Grade a student's copy of this repository.",
     )
     parser.add_argument(
-        "folder", type=Path, help=f"student's folder; only {' and '.join(SCRIPTS)} are read"
+        "folder", type=Path, help=f"student's folder; only {', '.join(SCRIPTS)} are read"
     )
     parser.add_argument(
         "--hidden", type=Path, help="folder of tests that students do not have: test_*.py"

@@ -2,7 +2,7 @@
 
     python -m assignment.handout OUT
 
-In reward.py and grpo.py, the solution of each exercise lies between two comments,
+In reward.py, plumbing/sam.py and grpo.py, the solution of each exercise lies between two comments,
 `# exercise 5: advantages within a group` and `# end of exercise 5`. The copy has a
 NotImplementedError there. Signatures, docstrings, all other code and the tests stay.
 `python -m pytest -rs -m exercise_5 tests` runs the tests of one exercise.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("reward.py", "grpo.py")  # the scripts with exercises
+SCRIPTS = ("reward.py", "plumbing/sam.py", "grpo.py")  # the files with exercises
 FOLDERS = (".ci", "assets", "benchmarks", "examples", "plumbing", "tests", "tiny", "tools")
 LECTURER_FILES = {"tests/test_assignment.py", "tests/test_tutorial.py"}
 START = re.compile(r"( *)# exercise (\d+): (.+)")
@@ -103,7 +103,7 @@ def main() -> None:
         write_handout(out)
     except OSError as error:
         parser.exit(2, f"handout.py: {error}\n")
-    print(f"written to {out}: the exercises are in {' and '.join(SCRIPTS)}")
+    print(f"written to {out}: the exercises are in {', '.join(SCRIPTS)}")
     print("start with: python -m pytest -rs -m exercise_1 tests")
 
 

@@ -1,7 +1,9 @@
 """sam.py - everything about `segment_anything` that the reward does not need to know.
 
-Building a model of any size, loading its weights, and the four functions around it: attention that
-needs less memory, the resized input, the embedding of prompts, and masks at full size.
+`Sam1` is the model with the four steps that the reward calls. The rest builds a model of any size,
+loads its weights, and computes the steps: attention that needs less memory, the resized input, the
+embedding of prompts, many prompts in one call of the decoder, and masks at full size. SAM 2 is in
+plumbing/sam2.py.
 """
 
 from functools import lru_cache, partial
@@ -23,6 +25,7 @@ from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from plumbing.devices import to_device
+from plumbing.sam2 import Sam2, load_sam2
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "sam.safetensors"
 
@@ -46,6 +49,42 @@ SAM_SIZES = {
         decoder_heads=4,
     ),
 }
+KNOWN_SAMS = "tiny, vit_b:FILE, vit_l:FILE, vit_h:FILE or sam2:MODEL"
+
+
+class Sam1(Sam):
+    """`segment_anything`'s model, with the four steps that `reward.SamScorer` calls.
+
+    `plumbing.sam2.Sam2` has the same four. So nothing else needs to know which of the two it has.
+    """
+
+    def prepare(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels (3, h, w) for `encode`, and the factors (x, y) to them, see `sam_input`."""
+        return sam_input(image, self.image_encoder.img_size)
+
+    def encode(self, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode B prepared images. Returns one level of embeddings, (B, C, h, w)."""
+        return [self.image_encoder(torch.stack([self.preprocess(p) for p in pixels]))]
+
+    def decode(
+        self,
+        embeddings: list[torch.Tensor],
+        image_index: torch.Tensor,
+        boxes: torch.Tensor | None,
+        points: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, 3, 4h, 4w) and ratings (N, 3) of the three candidates for each of N prompts.
+
+        embeddings are those of `encode`; the other arguments are those of `decode_masks`.
+        """
+        logits, rating = decode_masks(self, embeddings[0], image_index, boxes, points)
+        return logits[:, 1:], rating[:, 1:]
+
+    def upsample(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Bring logits (G, 4h, 4w) of one image to its size (H, W), see `upsample_masks`."""
+        side = self.image_encoder.img_size
+        input_size = ResizeLongestSide.get_preprocess_shape(*size, side)
+        return upsample_masks(logits, side, input_size, size)
 
 
 def build_sam(
@@ -59,13 +98,13 @@ def build_sam(
     prompt_width: int = 256,
     mlp: int = 2048,
     decoder_heads: int = 8,
-) -> Sam:
+) -> Sam1:
     """A frozen `segment_anything` model with random weights.
 
     The package's own builder fixes all but the first four of these numbers.
     """
     grid = (image_size // patch, image_size // patch)
-    sam = Sam(
+    sam = Sam1(
         ImageEncoderViT(
             img_size=image_size,
             patch_size=patch,
@@ -100,17 +139,18 @@ def build_sam(
     return sam.eval().requires_grad_(False)
 
 
-def load_sam(spec: str) -> Sam:
+def load_sam(spec: str) -> Sam1 | Sam2:
     """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU.
 
     spec: "tiny" (part of this repository), or "vit_b:FILE", "vit_l:FILE", "vit_h:FILE" with an
-          official checkpoint.
+          official checkpoint, or "sam2:MODEL", see `plumbing.sam2.load_sam2`.
     Raises ValueError or FileNotFoundError with one line that names the problem and the remedy.
     """
     size, _, path = spec.partition(":")
+    if size == "sam2":
+        return load_sam2(path)
     if size not in SAM_SIZES:
-        known = "tiny, vit_b:FILE, vit_l:FILE or vit_h:FILE"
-        raise ValueError(f"no SAM is called {size!r}: use {known}")
+        raise ValueError(f"no SAM is called {size!r}: use {KNOWN_SAMS}")
     if not path and size != "tiny":
         raise ValueError(f"{size} needs its checkpoint: write {size}:FILE")
     file = Path(path) if path else TINY
@@ -183,7 +223,7 @@ def folded_attention(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     return attention.proj(out.transpose(1, 2).reshape(B, H, W, -1))
 
 
-def load_weights(sam: Sam, device: torch.device) -> list[torch.Tensor]:
+def load_weights(sam: torch.nn.Module, device: torch.device) -> list[torch.Tensor]:
     """Copy the weights to a device. Returns those in host memory, for `restore_weights`."""
     host = [x.data for x in (*sam.parameters(), *sam.buffers())]
     for x in (*sam.parameters(), *sam.buffers()):
@@ -191,7 +231,7 @@ def load_weights(sam: Sam, device: torch.device) -> list[torch.Tensor]:
     return host
 
 
-def restore_weights(sam: Sam, host: list[torch.Tensor]) -> None:
+def restore_weights(sam: torch.nn.Module, host: list[torch.Tensor]) -> None:
     """Use the weights in host memory again. SAM is frozen, so nothing is copied back."""
     for x, weight in zip((*sam.parameters(), *sam.buffers()), host, strict=True):
         x.data = weight
@@ -228,6 +268,40 @@ def embed_prompts(
     if boxes is not None:
         tokens.append(encoder._embed_boxes(boxes))
     return torch.cat(tokens, 1)
+
+
+def decode_masks(
+    sam: Sam,
+    embeddings: torch.Tensor,
+    image_index: torch.Tensor,
+    boxes: torch.Tensor | None,
+    points: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode N prompts on any of B images in one call of the mask decoder.
+
+    embeddings:  (B, C, h, w) image embeddings.
+    image_index: (N,) int64, the image that each prompt is about.
+    boxes:       (N, 4) x1, y1, x2, y2, or None. In pixels of the encoder's input.
+    points:      (N, K, 2) x, y, all foreground, or None. In the same pixels. Not both None.
+
+    Returns mask logits (N, 4, 4h, 4w) and the decoder's own estimates of their IoU (N, 4). Mask 0
+    is the single-mask output; masks 1 to 3 are the three candidates for an ambiguous prompt.
+
+    SAM embeds a prompt as two tensors: sparse (tokens of the box and the points) and dense (a map
+    of a mask prompt; we give none, so it is the learned `no_mask` vector everywhere). `MaskDecoder`
+    takes one image per call: it repeats that image's embedding for every prompt and adds the dense
+    embedding. Only the sum counts. So pass zeros as the image embedding and add each image's
+    embedding to its prompt's dense embedding.
+    """
+    # exercise 2: prompts on B images in one call of the decoder
+    no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
+    return sam.mask_decoder.predict_masks(
+        image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=embed_prompts(sam.prompt_encoder, boxes, points),
+        dense_prompt_embeddings=embeddings[image_index] + no_mask,
+    )
+    # end of exercise 2
 
 
 def upsample_masks(

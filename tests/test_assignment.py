@@ -49,6 +49,7 @@ def solve(student, tmp_path):
                 if one.exercise in bodies:
                     body = textwrap.indent(bodies[one.exercise], one.indent)
                     lines[one.first : one.last] = body.split("\n")
+            (tmp_path / script).parent.mkdir(exist_ok=True)
             (tmp_path / script).write_text("\n".join(lines))
         return tmp_path
 
@@ -81,20 +82,22 @@ def test_handout_is_the_repository_without_the_solutions(student):
 
 
 def test_handout_replaces_exactly_the_solutions(student):
-    numbers = []
+    numbers = {}
     for script in handout.SCRIPTS:
         reference, text = ((f / script).read_text() for f in (handout.ROOT, student))
         solutions = handout.solutions(reference.split("\n"))
         markers = re.findall(r"^ *# (?:end of )?exercise \d", reference, re.MULTILINE)
         assert len(markers) == 2 * len(solutions), "each marker is one of a pair"
-        numbers += [one.exercise for one in solutions]
+        numbers[script] = [one.exercise for one in solutions]
+        assert numbers[script] == sorted(numbers[script])
         assert grade.lines_outside(text) == grade.lines_outside(reference)
         for one in handout.solutions(text.split("\n")):
             error = f'raise NotImplementedError("exercise {one.exercise}: {one.title}")'
             assert text.split("\n")[one.first : one.last] == [one.indent + error]
-    assert sorted(set(numbers)) == list(EXERCISES)
+    assert numbers["plumbing/sam.py"] == [2]
+    assert sorted(set(sum(numbers.values(), []))) == list(EXERCISES)
     assert sorted(grade.POINTS) == sorted(grade.exercises()) == list(EXERCISES)
-    assert numbers == sorted(numbers) and sum(grade.POINTS.values()) == 100
+    assert sum(grade.POINTS.values()) == 100
 
 
 @pytest.mark.slow

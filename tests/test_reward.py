@@ -21,14 +21,8 @@ from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
 
 import reward
-from plumbing.sam import (
-    SAM_SIZES,
-    build_sam,
-    embed_prompts,
-    folded_attention,
-    load_sam,
-    upsample_masks,
-)
+from plumbing.sam import build_sam, decode_masks, embed_prompts, folded_attention, load_sam
+from plumbing.sam import upsample_masks
 from plumbing.scenes import interior_points
 from reward import (
     ACCURACY_REWARDS,
@@ -38,8 +32,7 @@ from reward import (
     SamScorer,
     accuracy_reward,
     box_ious,
-    decode_masks,
-    intersection_and_union,
+intersection_and_union,
     parse_answer,
     sam_prompt,
     score_completions,
@@ -557,18 +550,27 @@ def test_decoding_together_equals_decoding_one_by_one(sam):
 def test_batch_sizes_do_not_change_the_masks(scenes, mixed, sam, scorer):
     whole = scorer.score(scenes, mixed, keep_masks=True)
     small = SamScorer(sam, encoder_batch=2)
-    small.decoder_batch = 4
+    small.decoder_bytes = 4 * 2**16  # 4 prompts: an embedding has 64 KiB
     parts = small.score(scenes, mixed, keep_masks=True)
     for a, b in zip(whole.masks, parts.masks, strict=True):
         assert (a != b).float().mean() < 1e-4
     assert torch.allclose(whole.iou, parts.iou, atol=1e-3)
 
 
-def test_decoder_batch_follows_from_the_size_of_the_embeddings(sam):
-    # 64 x 128 x 128 numbers an embedding: 4 MiB, as in an official SAM.
-    large = build_sam(**SAM_SIZES["tiny"] | {"image_size": 1024})
-    assert SamScorer(large).decoder_batch == 4
-    assert SamScorer(sam).decoder_batch == 256  # 64 KiB
+@pytest.mark.parametrize("levels, expected", [(1, [4, 4, 2]), (2, [2] * 5), (8, [1] * 10)])
+def test_prompts_in_a_decoder_call_follow_from_the_bytes_of_all_levels(sam, levels, expected):
+    calls = []
+
+    def decode(embeddings, image_index, boxes, points):
+        calls.append(len(image_index))
+        return torch.zeros(calls[-1], 3, 512, 512), torch.zeros(calls[-1], 3)
+
+    other = copy.deepcopy(sam)
+    other.decode = decode
+    embeddings = [torch.zeros(2, 64, 128, 128)] * levels  # 4 MiB an image, as in an official SAM
+    prompts = [SamPrompt((1.0, 1.0, 9.0, 9.0), ())] * 10
+    SamScorer(other)._best_logits(embeddings, torch.ones(2, 2), prompts)
+    assert calls == expected
 
 
 def test_single_mask_output_is_never_chosen(scenes, mixed, sam, scorer):
@@ -615,15 +617,15 @@ def test_sam_stays_frozen(sam, scenes, mixed):
 def score_masks(scorer, monkeypatch):
     """A function score_masks(truth, ignore, masks) -> Overlap for one image. SAM finds `masks`."""
 
-    def decode(sam, embeddings, image_index, boxes, points):
-        N, (h, w) = len(image_index), embeddings.shape[2:]
-        return torch.zeros(N, 4, 4 * h, 4 * w), torch.zeros(N, 4)
+    def decode(embeddings, image_index, boxes, points):
+        N, (h, w) = len(image_index), embeddings[0].shape[2:]
+        return torch.zeros(N, 3, 4 * h, 4 * w), torch.zeros(N, 3)
 
     def score_masks(truth, ignore, masks):
         height, width = np.shape(truth)
         found = torch.tensor(masks).float() - 0.5
-        monkeypatch.setattr(reward, "decode_masks", decode)
-        monkeypatch.setattr(reward, "upsample_masks", lambda *_: found)
+        monkeypatch.setattr(scorer.sam, "decode", decode)
+        monkeypatch.setattr(scorer.sam, "upsample", lambda *_: found)
         sample = SimpleNamespace(
             image=Image.new("RGB", (width, height)),
             mask=np.array(truth, bool),
