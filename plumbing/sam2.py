@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model
+from transformers import AutoConfig, Sam2ImageProcessor, Sam2Model
+from transformers.utils import logging
 
 EXAMPLE = "facebook/sam2-hiera-large"
-# The hub's folders hold the model for videos. That for images is a part of it.
+# Folders on the hub hold the model for videos. That for images is a part of it.
 MODEL_TYPES = ("sam2", "sam2_video")
-PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 
 
 class Sam2(Sam2Model):
@@ -81,13 +81,13 @@ def load_sam2(name: str) -> Sam2:
         raise ValueError(f"sam2 needs a model: write sam2:{EXAMPLE} or sam2:FOLDER")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(f"there is no folder {name}: use sam2:{EXAMPLE} or sam2:FOLDER")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no warning of a model for videos, no table of bad weights
     try:
-        config, _ = Sam2Config.get_config_dict(name)
-        kind = config.get("model_type")
+        kind = AutoConfig.from_pretrained(name).model_type
         if kind in MODEL_TYPES:
-            config = Sam2Config(**{part: config[part] for part in PARTS})
-            options = dict(config=config, dtype=torch.float32, output_loading_info=True)
-            sam, info = Sam2.from_pretrained(name, **options)
+            options = dict(dtype=torch.float32, ignore_mismatched_sizes=True)
+            sam, info = Sam2.from_pretrained(name, output_loading_info=True, **options)
             sam.image_processor = Sam2ImageProcessor.from_pretrained(name)
     except Exception as error:  # a damaged file can raise anything; this block only reads
         reason = str(error).strip().split("\n")[0]
@@ -95,14 +95,20 @@ def load_sam2(name: str) -> Sam2:
             f"{name} cannot be read as a SAM 2: use a hub name such as {EXAMPLE}, or fetch all "
             f"files of the folder again ({reason})"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if kind not in MODEL_TYPES:
         raise ValueError(f"{name} holds a model of type {kind}, not a SAM 2: use sam2:{EXAMPLE}")
-    if missing := sorted(info["missing_keys"]):  # transformers would leave them random
-        raise ValueError(f"{name} lacks {len(missing)} weights ({missing[0]}): fetch it again")
-    side, size = config.prompt_encoder_config.image_size, sam.image_processor.size
+    # transformers leaves these random.
+    if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
+        raise ValueError(
+            f"{name} lacks {len(wrong)} weights of this model, or has them in another size "
+            f"({wrong[0]}): fetch all of its files again"
+        )
+    side, size = sam.config.prompt_encoder_config.image_size, sam.image_processor.size
     if {size.height, size.width} != {side}:
         raise ValueError(
             f"{name} takes images of {side} x {side} pixels, but its preprocessor_config.json "
-            f"says {size.width} x {size.height}: fetch it again"
+            f"says {size.width} x {size.height}: fetch all of its files again"
         )
     return sam.eval().requires_grad_(False)
