@@ -167,8 +167,8 @@ class SamScorer:
         """
         self.device, self.encoder_batch, self.offload = torch.device(device), encoder_batch, offload
         self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)
-        # Bytes of image embeddings in a decoder call. On a GPU 16 prompts of an official SAM 1. On
-        # a CPU 4: glibc maps each block above 32 MiB anew, which is slow.
+        # Bytes of the largest level of embeddings in a decoder call. On a GPU this is 16 prompts of
+        # an official SAM 1 and 8 of SAM 2. On a CPU 4 and 2: glibc maps large blocks anew (slow).
         self.decoder_bytes = 2**24 if self.device.type == "cpu" else 2**26
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ class SamScorer:
         G = len(prompts) // len(factors)
         h, w = embeddings[-1].shape[2:]
         best = embeddings[-1].new_full((len(prompts), 4 * h, 4 * w), -1.0)  # -1: outside the mask
-        size = max(1, self.decoder_bytes // sum(level[0].nbytes for level in embeddings))
+        size = max(1, self.decoder_bytes // max(level[0].nbytes for level in embeddings))
         # Group prompts by what they hold. Padding a missing point beside a box would change the
         # mask, because SAM was not trained on that.
         groups: dict[tuple[bool, int], list[int]] = {}

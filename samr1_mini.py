@@ -15,8 +15,8 @@ One training step (`train`, below), and where each part is written:
     -> clipped loss with KL term, AdamW     grpo.grpo_loss
 
 Where this departs from the paper: LoRA on a small VLM in place of full fine-tuning of 7 billion
-weights on eight GPUs; SAM 1 in place of SAM 2; and what the paper leaves open, which is marked
-*assumed*. The settings `s`, with meaning and source, are in plumbing/settings.py.
+weights on eight GPUs; SAM 1 by default in place of SAM 2; and what the paper leaves open, which is
+marked *assumed*. The settings `s`, with meaning and source, are in plumbing/settings.py.
 """
 
 import json

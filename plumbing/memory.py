@@ -6,6 +6,7 @@ tensors have shapes but no data. `python -m tools.memory` prints the estimate.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from transformers import (
@@ -14,9 +15,13 @@ from transformers import (
     PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2Model,
 )
 
-from plumbing.sam import SAM_SIZES, build_sam
+from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
+from plumbing.sam2 import sam2_config
 
 Parts = dict[str, tuple[int, str]]  # name of a part: its bytes, and how they are computed
 
@@ -55,6 +60,19 @@ PUBLISHED = {
         tie_word_embeddings=False,
     ),
 }
+
+
+# The image encoder of SAM2-Large (SAM 2, arXiv 2408.00714; its config.json).
+SAM2_LARGE = ("facebook/sam2-hiera-large", "facebook/sam2.1-hiera-large")
+HIERA_LARGE = dict(
+    hidden_size=144,
+    num_attention_heads=2,
+    blocks_per_stage=[2, 6, 36, 4],
+    embed_dim_per_stage=[144, 288, 576, 1152],
+    num_attention_heads_per_stage=[2, 4, 8, 16],
+    window_size_per_stage=[8, 4, 16, 8],
+    global_attention_blocks=[23, 33, 43],
+)
 
 
 def published_config(vlm: str) -> PretrainedConfig:
@@ -103,6 +121,45 @@ def published_config(vlm: str) -> PretrainedConfig:
 
 
 @dataclass
+class SamSizes:
+    """The sizes of a segmenter."""
+
+    weights: int
+    width: int  # channels of the image embedding
+    grid: int  # its height and width
+    level: int  # bytes of the largest level of embeddings, float32
+    maps: int  # memory of the decoder for a prompt, in units of the image embedding
+
+
+@cache
+def sam_sizes(spec: str) -> SamSizes:
+    """Build the segmenter that --sam names on the meta device and read its sizes.
+
+    Nothing is downloaded for SAM 1 and SAM2-Large. For another SAM 2 its config.json is read.
+    Raises ValueError or FileNotFoundError with one line if that is impossible.
+    """
+    size, _, name = spec.partition(":")
+    if size != "sam2" and size not in SAM_SIZES:
+        raise ValueError(f"no SAM is called {size!r}: use {KNOWN_SAMS}")
+    if name in SAM2_LARGE:
+        backbone = Sam2HieraDetConfig(**HIERA_LARGE)
+        channels = HIERA_LARGE["embed_dim_per_stage"][::-1]
+        vision = dict(backbone_config=backbone, backbone_channel_list=channels)
+        config = Sam2Config(vision_config=vision)
+    elif size == "sam2":
+        config = sam2_config(name)
+    with torch.device("meta"):
+        sam = Sam2Model(config) if size == "sam2" else build_sam(**SAM_SIZES[size])
+    width = sam.prompt_encoder.no_mask_embed.weight.shape[1]
+    grid = sam.prompt_encoder.image_embedding_size[0]
+    # SAM 2 has a level with an eighth of the channels and 16 times the places. The number of maps
+    # was measured on a CPU: 8 to 10 and 15.
+    level, maps = (2, 15) if size == "sam2" else (1, 10)
+    weights = sum(p.numel() for p in sam.parameters())
+    return SamSizes(weights, width, grid, 4 * width * grid**2 * level, maps)
+
+
+@dataclass
 class Sizes:
     """The sizes that the estimate needs, from the settings and the models."""
 
@@ -111,15 +168,13 @@ class Sizes:
     matrix: int  # weights of the largest matrix in 4 bit, 0 without
     bytes: int  # of a number in the policy's dtype
     adapter: int  # weights of the LoRA adapter
-    sam_weights: int
     layers: int
     hidden: int
     inner: int  # width of the MLP
     vocabulary: int
     kv_heads: int
     head: int  # width of an attention head
-    sam_width: int  # channels of SAM's image embedding
-    sam_grid: int  # its height and width
+    sam: "SamSizes"
     prompt: int  # P, tokens of a prompt
     B: int
     G: int
@@ -127,11 +182,10 @@ class Sizes:
 
 
 def read_sizes(s, vlm: str, targets: str) -> Sizes:
-    """Build both models on the meta device and read their sizes. See `expected_memory`."""
+    """Build the VLM on the meta device and read its sizes. See `expected_memory`."""
     config = published_config(vlm)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-        sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
     text, vision = config.text_config, config.vision_config
     linears = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
     # These are also the layers that `plumbing.devices.four_bit` quantises.
@@ -144,15 +198,13 @@ def read_sizes(s, vlm: str, targets: str) -> Sizes:
         matrix=max(matrices, default=0),
         bytes=4 if s.dtype == "float32" else 2,
         adapter=s.lora_rank * sum(m.in_features + m.out_features for m in linears),
-        sam_weights=sum(p.numel() for p in sam.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         inner=text.intermediate_size,
         vocabulary=text.vocab_size,
         kv_heads=text.num_key_value_heads,
         head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        sam_width=sam.prompt_encoder.embed_dim,
-        sam_grid=sam.prompt_encoder.image_embedding_size[0],
+        sam=sam_sizes(s.sam),
         prompt=image_tokens + (250 if s.prompt == "full" else 20),  # about so many text tokens
         B=s.prompts_per_step,
         G=s.group_size,
@@ -170,12 +222,11 @@ def expected_memory(s, vlm: str, targets: str) -> dict[str, Parts]:
     vlm:     name or folder of the policy.
     targets: regular expression of the names of the modules that carry an adapter.
 
-    Raises OSError or ValueError if the config of `vlm` cannot be read, KeyError if SAM's size is
-    unknown.
+    Raises OSError or ValueError if the config of `vlm` or of the segmenter cannot be read.
     """
     n = read_sizes(s, vlm, targets)
     adapter = f"{n.adapter / 1e6:.1f}e6 weights x 16 bytes"
-    sam_weights = (n.sam_weights * 4, f"{n.sam_weights / 1e6:.0f}e6 weights x 4 bytes")
+    sam_weights = (n.sam.weights * 4, f"{n.sam.weights / 1e6:.0f}e6 weights x 4 bytes")
     weights = f"{n.weights / 1e9:.2f}e9 weights x {n.bytes} bytes"
     policy = {
         "policy weights": (n.weights * n.bytes, weights),
@@ -219,12 +270,11 @@ def rollout_parts(n: Sizes, rollout_prompts: int) -> Parts:
 
 
 def reward_parts(n: Sizes) -> Parts:
-    """Memory of SAM's mask decoder. `reward.SamScorer` decodes 64 MiB of embeddings in a call."""
-    embedding = 4 * n.sam_width * n.sam_grid**2  # bytes of a prompt's dense embedding
-    prompts = min(max(1, 2**26 // embedding), n.B * n.G)
-    maps = f"10 maps of {n.sam_width} x {n.sam_grid} x {n.sam_grid} x 4 bytes"
-    why = f"{prompts} prompts x {maps} (9 to 10 measured on a CPU)"
-    return {"SAM decoder": (prompts * 10 * embedding, why)}
+    """Memory of the mask decoder. `reward.SamScorer` decodes 64 MiB of embeddings in a call."""
+    sam = n.sam
+    prompts = min(max(1, 2**26 // sam.level), n.B * n.G)
+    why = f"{prompts} prompts x {sam.maps} maps of {sam.width} x {sam.grid} x {sam.grid} x 4 bytes"
+    return {"SAM decoder": (prompts * sam.maps * 4 * sam.width * sam.grid**2, why)}
 
 
 def update_parts(n: Sizes, passes: int, checkpoint_layers: bool) -> Parts:

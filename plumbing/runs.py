@@ -207,6 +207,7 @@ def load_checkpoint(out: Path, model, optimizer, generator) -> tuple[int, dict]:
 def model_card(s, step: int, results: dict) -> str:
     """The README of an adapter: what it is, how it was trained, what it reaches, how to load it."""
     base = "tiny/vlm of this repository" if s.vlm == "tiny" else s.vlm
+    sam = s.sam if s.sam.startswith("sam2:") else s.sam.partition(":")[0]
     order = ("before", "after", "ceiling")
     rows = [(name, results[name]) for name in order if name in results]
     table = [f"| {name} | {r['giou']:.3f} | {r['ciou']:.3f} | {r['n']} |" for name, r in rows]
@@ -217,7 +218,7 @@ tags: [segmentation, grpo, lora]
 # LoRA adapter trained with SAM-R1 mini
 
 - base model: {base}
-- segmenter in the reward: {s.sam.partition(":")[0]} (frozen)
+- segmenter in the reward: {sam} (frozen)
 - data: {s.data.partition(":")[0]}, training step {step} of {s.steps}
 - {s.prompts_per_step} prompts a step, {s.group_size} completions each, seed {s.seed}
 - accuracy reward {s.accuracy}, beta {s.beta:g}, learning rate {s.lr:g}, LoRA rank {s.lora_rank}

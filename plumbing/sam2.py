@@ -4,16 +4,18 @@ The paper's segmenter is SAM2-Large: `--sam sam2:facebook/sam2-hiera-large`. Res
 and the masks at full size are those of the model's own image processor.
 """
 
+import contextlib
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, Sam2ImageProcessor, Sam2Model
+from transformers import AutoConfig, Sam2Config, Sam2ImageProcessor, Sam2Model
 from transformers.utils import logging
 
 EXAMPLE = "facebook/sam2-hiera-large"
 # Folders on the hub hold the model for videos. That for images is a part of it.
 MODEL_TYPES = ("sam2", "sam2_video")
+PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 
 
 class Sam2(Sam2Model):
@@ -71,25 +73,17 @@ class Sam2(Sam2Model):
         return resize([logits[None]], [size], binarize=False)[0][0]
 
 
-def load_sam2(name: str) -> Sam2:
-    """Load a SAM 2, frozen, in float32 and on the CPU, with its image processor.
+@contextlib.contextmanager
+def reading(name: str):
+    """Turn an error while a model is read into a ValueError of one line.
 
-    name: hub name or local folder of transformers' `Sam2Model` or `Sam2VideoModel`.
-    Raises ValueError or FileNotFoundError with one line that names the problem and the remedy.
+    transformers' warnings are off: of a model for videos, and its table of bad weights.
     """
-    if not name:
-        raise ValueError(f"sam2 needs a model: write sam2:{EXAMPLE} or sam2:FOLDER")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"there is no folder {name}: use sam2:{EXAMPLE} or sam2:FOLDER")
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no warning of a model for videos, no table of bad weights
+    logging.set_verbosity_error()
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind in MODEL_TYPES:
-            options = dict(dtype=torch.float32, ignore_mismatched_sizes=True)
-            sam, info = Sam2.from_pretrained(name, output_loading_info=True, **options)
-            sam.image_processor = Sam2ImageProcessor.from_pretrained(name)
-    except Exception as error:  # a damaged file can raise anything; this block only reads
+        yield
+    except Exception as error:  # a damaged file can raise anything; the blocks only read
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{name} cannot be read as a SAM 2: use a hub name such as {EXAMPLE}, or fetch all "
@@ -97,8 +91,32 @@ def load_sam2(name: str) -> Sam2:
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    if kind not in MODEL_TYPES:
+
+
+def sam2_config(name: str) -> Sam2Config:
+    """The config of a SAM 2, without its weights. See `load_sam2`."""
+    if not name:
+        raise ValueError(f"sam2 needs a model: write sam2:{EXAMPLE} or sam2:FOLDER")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"there is no folder {name}: use sam2:{EXAMPLE} or sam2:FOLDER")
+    with reading(name):
+        config = AutoConfig.from_pretrained(name)
+    if config.model_type not in MODEL_TYPES:
+        kind = config.model_type
         raise ValueError(f"{name} holds a model of type {kind}, not a SAM 2: use sam2:{EXAMPLE}")
+    return Sam2Config(**{part: getattr(config, part) for part in PARTS})
+
+
+def load_sam2(name: str) -> Sam2:
+    """Load a SAM 2, frozen, in float32 and on the CPU, with its image processor.
+
+    name: hub name or local folder of transformers' `Sam2Model` or `Sam2VideoModel`.
+    Raises ValueError or FileNotFoundError with one line that names the problem and the remedy.
+    """
+    options = dict(config=sam2_config(name), dtype=torch.float32, ignore_mismatched_sizes=True)
+    with reading(name):
+        sam, info = Sam2.from_pretrained(name, output_loading_info=True, **options)
+        sam.image_processor = Sam2ImageProcessor.from_pretrained(name)
     # transformers leaves these random.
     if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
         raise ValueError(

@@ -23,7 +23,11 @@ class Models:
         "tiny", "fills in others; for a GPU of 12, 16, 24 GB: qwen2b, qwen3b, qwen7b", PRESETS
     )
     vlm: str = setting("tiny", "policy: tiny, a hub name or a local folder. Paper: Qwen2.5-VL-7B")
-    sam: str = setting("tiny", "segmenter: tiny or vit_b|vit_l|vit_h:CHECKPOINT. Paper: SAM2-Large")
+    sam: str = setting(
+        "tiny",
+        "segmenter: tiny, vit_b|vit_l|vit_h:CHECKPOINT, or sam2:MODEL with a hub name or a local "
+        "folder. Paper: SAM2-Large, sam2:facebook/sam2-hiera-large",
+    )
     device: str = setting("auto", "auto takes cuda, then mps, then cpu; also cuda:N")
     dtype: str = setting(
         "auto",

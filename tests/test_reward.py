@@ -557,8 +557,8 @@ def test_batch_sizes_do_not_change_the_masks(scenes, mixed, sam, scorer):
     assert torch.allclose(whole.iou, parts.iou, atol=1e-3)
 
 
-@pytest.mark.parametrize("levels, expected", [(1, [4, 4, 2]), (2, [2] * 5), (8, [1] * 10)])
-def test_prompts_in_a_decoder_call_follow_from_the_bytes_of_all_levels(sam, levels, expected):
+@pytest.mark.parametrize("larger, expected", [(1, [4, 4, 2]), (2, [2] * 5), (8, [1] * 10)])
+def test_prompts_in_a_decoder_call_follow_from_the_bytes_of_the_embeddings(sam, larger, expected):
     calls = []
 
     def decode(embeddings, image_index, boxes, points):
@@ -567,7 +567,8 @@ def test_prompts_in_a_decoder_call_follow_from_the_bytes_of_all_levels(sam, leve
 
     other = copy.deepcopy(sam)
     other.decode = decode
-    embeddings = [torch.zeros(2, 64, 128, 128)] * levels  # 4 MiB an image, as in an official SAM
+    # 4 MiB an image, as in an official SAM 1, and a level of several times as much.
+    embeddings = [torch.zeros(2, 64 * larger, 128, 128), torch.zeros(2, 64, 128, 128)]
     prompts = [SamPrompt((1.0, 1.0, 9.0, 9.0), ())] * 10
     SamScorer(other)._best_logits(embeddings, torch.ones(2, 2), prompts)
     assert calls == expected

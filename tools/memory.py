@@ -9,8 +9,7 @@ The estimate is computed from the sizes of the models. It downloads no weights a
 import sys
 
 from plumbing.command_line import exit_on_error
-from plumbing.memory import Parts, expected_memory
-from plumbing.sam import SAM_SIZES
+from plumbing.memory import Parts, expected_memory, sam_sizes
 from plumbing.settings import parse_settings
 from plumbing.vlm import vlm_path
 from samr1_mini import LORA_TARGETS
@@ -33,9 +32,8 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return print(__doc__)
     s = parse_settings("train", argv)
-    with exit_on_error("--sam"):
-        if s.sam.partition(":")[0] not in SAM_SIZES:
-            raise ValueError(f"no SAM is called {s.sam!r}: use {', '.join(SAM_SIZES)}")
+    with exit_on_error(f"--sam {s.sam}"):
+        sam_sizes(s.sam)
     with exit_on_error(f"--vlm {s.vlm}"):
         expected = expected_memory(s, vlm_path(s.vlm), LORA_TARGETS)
     print_memory(expected)
