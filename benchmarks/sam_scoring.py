@@ -1,18 +1,19 @@
 """sam_scoring.py - how long does it take to score B images x G completions with SAM?
 
-    python -m benchmarks.sam_scoring [--sam tiny|vit_b|both] [--repeats 3] [--threads 2]
+    python -m benchmarks.sam_scoring [--sam tiny|vit_b|both|sam2] [--repeats 3] [--threads 2]
                                      [--device cpu|cuda]
 
 Compares three ways to compute the same B x G IoUs:
 
     naive    `segment_anything.SamPredictor`: set_image and predict for every completion, IoU in
-             numpy. Public code for segmentation by RL does this (Seg-Zero, for example).
+             numpy. Public code for segmentation by RL does this (Seg-Zero, for example). For SAM 2
+             the same two steps with transformers' processor and model.
     cached   the same, but set_image once per image
     ours     reward.SamScorer.score
 
-The first two run the package unchanged, with its own attention. Prompts are a box and two points,
-jittered around the object. The tiny SAM sees drawn scenes. ViT-B has random weights and sees noise,
-which takes as long as photographs.
+The first two run the packages unchanged, with their own attention. Prompts are a box and two
+points, jittered around the object. The tiny SAM sees drawn scenes. ViT-B and SAM 2 (sam2: the sizes
+of sam2.1-hiera-tiny) have random weights and see noise, which takes as long as photographs.
 
 Phases. encoder: from a PIL image to its embedding, with resizing and padding. decoder: from a
 prompt and an embedding to low-resolution logits (prompt encoder and mask decoder). masks + IoU: all
@@ -38,17 +39,19 @@ from segment_anything import SamPredictor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
 
 import reward
 from data import Sample, Shapes
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
+from plumbing.sam2 import Sam2
 
 B, G = 8, 8
 # Width and height of the images of noise, as in COCO.
 SIZES = ((640, 480), (480, 640), (500, 375), (333, 500), (640, 640), (640, 427), (427, 640))
 SIZES += ((375, 500),)
-# Images that the predictor encodes itself at ViT-B on a CPU, half of them before our batch of 8 and
-# half after it. A call takes many seconds, and the encoder's input is always 1024 x 1024, so four
+# Images that the predictor encodes itself at true size on a CPU, half of them before our batch of 8
+# and half after it. A call takes many seconds, and the encoder's input is always 1024 x 1024, so four
 # calls are enough. The predictor gets our embeddings of the other images.
 ENCODED = 4
 PHASES = ("encoder", "decoder", "masks")
@@ -141,6 +144,47 @@ def jittered_prompt(mask: np.ndarray, rng: np.random.Generator) -> reward.SamPro
     return reward.SamPrompt(tuple(box), tuple(map(tuple, points)))
 
 
+def random_sam2() -> Sam2:
+    """A SAM 2 with torch's own random weights: transformers' are so small that all logits are 0."""
+    sam = Sam2(Sam2Config())
+    for module in sam.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    sam.image_processor = Sam2ImageProcessor()
+    return sam
+
+
+class Sam2Predictor:
+    """`SamPredictor`'s methods, with transformers' own model and processor for one image."""
+
+    def __init__(self, model: Sam2Model, processor: Sam2Processor):
+        self.model, self.processor = model, processor
+        self.features, self.original_size = None, None
+
+    @torch.no_grad()
+    def set_image(self, image: np.ndarray) -> None:
+        pixels = self.processor(images=image, return_tensors="pt").pixel_values
+        self.features = self.model.get_image_embeddings(pixels.to(self.model.device))
+        self.features = [level.float() for level in self.features]
+        self.original_size = image.shape[:2]
+
+    @torch.no_grad()
+    def predict(self, points, labels, box, multimask_output: bool):
+        """Three masks (3, H, W) bool and their scores (3,), as arrays, and the logits."""
+        prompt = self.processor(
+            input_points=[[points.tolist()]],
+            input_labels=[[labels.astype(int).tolist()]],
+            input_boxes=[[box.tolist()]],
+            original_sizes=[list(self.original_size)],
+            return_tensors="pt",
+        ).to(self.model.device)
+        sizes = prompt.pop("original_sizes")
+        options = dict(image_embeddings=self.features, multimask_output=multimask_output)
+        out = self.model(**prompt, **options)
+        masks = self.processor.post_process_masks(out.pred_masks, sizes)[0][0]
+        return masks.cpu().numpy(), out.iou_scores[0, 0].cpu().numpy(), out.pred_masks[0, 0]
+
+
 def make_case(name: str):
     """SAM, B samples, and B x G prompts."""
     torch.manual_seed(0)
@@ -149,8 +193,10 @@ def make_case(name: str):
         sam, scenes = load_sam("tiny"), Shapes("heldout")
         samples = [scenes[i] for i in range(B)]
     else:
-        sam, samples = build_sam(**SAM_SIZES[name]), [noise_sample(i, rng) for i in range(B)]
-        for key, weight in sam.image_encoder.named_parameters():
+        sam = random_sam2() if name == "sam2" else build_sam(**SAM_SIZES[name])
+        samples = [noise_sample(i, rng) for i in range(B)]
+        encoder = sam.vision_encoder if name == "sam2" else sam.image_encoder
+        for key, weight in encoder.named_parameters():
             if "pos" in key:  # zero at first, so that errors in their use would not show
                 torch.nn.init.normal_(weight, std=0.02)
     return sam, samples, [[jittered_prompt(one.mask, rng) for _ in range(G)] for one in samples]
@@ -162,9 +208,9 @@ def make_case(name: str):
 
 
 def score_one_by_one(
-    predictors: list[SamPredictor], samples: list[Sample], prompts: list
+    predictors: list[SamPredictor | Sam2Predictor], samples: list[Sample], prompts: list
 ) -> np.ndarray:
-    """IoU (B, G) with SamPredictor, after set_image."""
+    """IoU (B, G) with the predictors, after set_image."""
     iou = np.zeros((B, G))
     for b, (predictor, sample) in enumerate(zip(predictors, samples, strict=True)):
         for g, prompt in enumerate(prompts[b]):
@@ -178,21 +224,28 @@ def score_one_by_one(
 
 
 class Comparison:
-    """SamPredictor and `reward.SamScorer` on the same case, measured phase by phase."""
+    """The predictors and `reward.SamScorer` on the same case, measured phase by phase."""
 
     def __init__(self, name: str, device: str):
-        self.device, self.slow = device, name == "vit_b" and device == "cpu"
-        self.encoded = ENCODED if self.slow else B  # images that SamPredictor encodes itself
+        self.device, self.slow = device, name != "tiny" and device == "cpu"
+        self.encoded = ENCODED if self.slow else B  # images that the predictors encode themselves
         sam, self.samples, self.prompts = make_case(name)
-        plain = copy.deepcopy(sam).to(device)
-        for block in plain.image_encoder.blocks:
-            del block.attn.forward  # restores the package's own attention
+        plain = copy.deepcopy(sam).to(device).eval()
         self.scorer = reward.SamScorer(sam, device)
-        self.predictors = [SamPredictor(plain) for _ in range(B)]
         self.theirs, self.ours = Meter(device), Meter(device)
         encoder, decoder = plain.prompt_encoder, plain.mask_decoder
-        for part, name in ((encoder, "forward"), (encoder, "get_dense_pe"), (decoder, "forward")):
-            setattr(part, name, self.theirs.measured("decoder", getattr(part, name)))
+        places = [(encoder, "forward"), (decoder, "forward")]
+        if name == "sam2":
+            processor = Sam2Processor(plain.image_processor)
+            self.predictors = [Sam2Predictor(plain, processor) for _ in range(B)]
+            places.append((plain, "get_image_wide_positional_embeddings"))
+        else:
+            for block in plain.image_encoder.blocks:
+                del block.attn.forward  # restores the package's own attention
+            self.predictors = [SamPredictor(plain) for _ in range(B)]
+            places.append((encoder, "get_dense_pe"))
+        for part, method in places:
+            setattr(part, method, self.theirs.measured("decoder", getattr(part, method)))
         self.calls, self.batches = [], []  # seconds of encoder calls: one image, and our batch
 
     def time_encoders(self, count: bool) -> None:
@@ -206,20 +259,25 @@ class Comparison:
             with self.theirs.measure("encoder", count), half:  # as in SamScorer.encode
                 self.predictors[b].set_image(np.asarray(self.samples[b].image))
             self.calls.append(self.theirs.seconds.pop("encoder"))
-        embeddings, _, input_sizes = self.embedded
         for b in range(self.encoded, B):
-            predictor = self.predictors[b]
-            predictor.features, predictor.is_image_set = embeddings[b : b + 1], True
-            predictor.input_size = input_sizes[b]
-            predictor.original_size = self.samples[b].mask.shape
+            predictor, size = self.predictors[b], self.samples[b].mask.shape
+            features = [level[b : b + 1] for level in self.embedded[0]]
+            predictor.original_size = size
+            if isinstance(predictor, Sam2Predictor):
+                predictor.features = features
+                continue
+            predictor.features, predictor.is_image_set = features[0], True
+            predictor.input_size = predictor.transform.get_preprocess_shape(
+                *size, predictor.transform.target_length
+            )
 
     def time_decoders(self, count: bool) -> None:
         """Score all prompts both ways. Keeps the IoUs and their largest difference."""
         with self.theirs.measure("masks", count):
             self.iou = score_one_by_one(self.predictors, self.samples, self.prompts)
-        decode = self.ours.measured("decoder", reward.decode_masks)
+        decode = self.ours.measured("decoder", self.scorer.sam.decode)
         with (
-            mock.patch.object(reward, "decode_masks", decode),
+            mock.patch.object(self.scorer.sam, "decode", decode),
             mock.patch.object(self.scorer, "encode", return_value=self.embedded),
             self.ours.measure("masks", count),
         ):
@@ -315,7 +373,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sam_scoring", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--sam", choices=("tiny", "vit_b", "both"), default="both")
+    choices = ("tiny", "vit_b", "both", "sam2")  # both: tiny and vit_b
+    parser.add_argument("--sam", choices=choices, default="both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,5 +1,5 @@
-"""Tests of plumbing/sam2.py with a SAM 2 of random weights: masks against transformers' own processor
-and model, the scorer, the commands, and what `--sam sam2:...` refuses."""
+"""Tests of plumbing/sam2.py with a SAM 2 of random weights: masks against transformers' own model
+and processor, the scorer, the commands, and what `--sam sam2:...` refuses."""
 
 import copy
 import json
@@ -21,6 +21,7 @@ from transformers import (
 
 import samr1_mini
 from data import Sample, Shapes
+from plumbing import runs
 from plumbing.memory import HIERA_LARGE, sam_sizes
 from plumbing.sam import load_sam
 from plumbing.vlm import vlm_path
@@ -130,7 +131,7 @@ def mixed(photos):
 
 @torch.no_grad()
 def predict(model, processor, image, prompt):
-    """Logits of the three masks at full size, and their ratings, as transformers' users get them."""
+    """Logits of the three masks at full size and their ratings, by transformers' model alone."""
     inputs = {}
     if prompt.box:
         inputs["input_boxes"] = [[list(prompt.box)]]
@@ -237,7 +238,8 @@ def test_each_axis_has_its_own_factor_and_long_images_are_read(scorer2):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 200, 3), np.uint8))
     levels, factors = scorer2.encode([image])
     assert factors.tolist() == [[SIDE / 200, SIDE / 3]]
-    assert [tuple(level.shape) for level in levels] == [(1, 2, 32, 32), (1, 4, 16, 16), (1, 16, 8, 8)]
+    shapes = [(1, 2, 32, 32), (1, 4, 16, 16), (1, 16, 8, 8)]
+    assert [tuple(level.shape) for level in levels] == shapes
     sample = Sample(image, "", np.ones((3, 200), bool), None, "")
     masks = scorer2.score([sample], [[SamPrompt((5.0, 0.0, 90.0, 3.0), ())]], keep_masks=True).masks
     assert masks[0].shape == (1, 3, 200)
@@ -338,8 +340,8 @@ def spoil(folder, kind):
     elif kind == "another square":
         processor.write_text(processor.read_text().replace(str(SIDE), "96"))
     else:
-        missing = dict(zip(("no config", "no weights", "no preprocessor"), (config, weights, processor)))
-        missing[kind].unlink()
+        files = {"no config": config, "no weights": weights, "no preprocessor": processor}
+        files[kind].unlink()
 
 
 SPOILED = {
@@ -433,15 +435,15 @@ def run(command, *paths):
 
 
 @pytest.mark.slow
-def test_train_and_eval_with_sam2(folder, tmp_path, capsys):
-    sizes = "--steps 3 --prompts_per_step 2 --group_size 2 --eval_samples 2 --save_every 2"
+def test_train_and_eval_with_sam2(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "save_figure", lambda *_: None)  # takes most of the time
+    sizes = "--steps 3 --prompts_per_step 2 --group_size 2 --eval_samples 2 --save_every 3"
     flags = ("--sam", f"sam2:{folder}", "--out", tmp_path / "run")
     run(f"train {sizes}", *flags)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3 and all(0 <= json.loads(line)["iou"] <= 1 for line in lines)
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert f"segmenter in the reward: sam2:{folder} (frozen)" in card
-    capsys.readouterr()
     flags = ("--sam", f"sam2:{folder}", "--out", tmp_path / "eval")
     run("eval --limit 3 --adapter", tmp_path / "run" / "adapter", *flags)
     results = json.loads((tmp_path / "eval" / "eval.json").read_text())
