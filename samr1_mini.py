@@ -133,7 +133,7 @@ def train(s: Settings) -> None:
         with exit_on_error(f"--resume {out}"):
             first, results = runs.load_checkpoint(out, policy.model, optimizer, generator)
             results.pop("after", None)
-    with exit_on_error(f"--out {out}"), runs.writing_to(out):
+    with runs.writing_to(out):
         metrics = runs.start_metrics(out, s, first)
     if not results:
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")

@@ -163,27 +163,41 @@ def save_settings(out: Path, settings) -> None:
 def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     """Write config.json, and crop metrics.jsonl to the first `steps` lines, which are returned.
 
-    Steps after the checkpoint that a run continues from are repeated.
+    Steps after the checkpoint that a run continues from are repeated. Without the file, the log
+    begins with the next step.
     """
-    save_settings(out, settings)
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines()[:steps] if steps else []
-    try:
-        rows = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: start again with --overwrite ({error})") from error
-    write_text(file, "".join(line + "\n" for line in lines))
+    rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
+    start_log(out, settings, "metrics.jsonl", rows)
     return rows
 
 
 def start_answers(out: Path, settings) -> list[dict]:
     """Write config.json, and return the answers that an interrupted evaluation has written."""
-    file = out / "answers.jsonl"
-    # A line without an end was cut off by the interruption.
-    lines = file.read_text().split("\n")[:-1] if settings.resume and file.exists() else []
+    keys = {"boxonly_iou", "skipped"}
+    rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
+    start_log(out, settings, "answers.jsonl", rows)
+    return rows
+
+
+def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     save_settings(out, settings)
-    write_text(file, "".join(line + "\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(file: Path, keys: set[str]) -> list[dict]:
+    """The lines of a log, each a JSON object with one of these keys. Empty without the file.
+
+    Exits with code 2 and one line if a line is anything else.
+    """
+    if not file.exists():
+        return []
+    with exit_on_error(f"{file} is damaged, mend or delete it, then --resume"):
+        # A line without an end was cut off by the interruption.
+        rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not keys & row.keys():
+                raise ValueError(f"line {number} is not one that this version writes")
+    return rows
 
 
 def append_line(file: Path, row: dict) -> None:

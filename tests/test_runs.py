@@ -303,6 +303,25 @@ def test_the_metrics_are_cropped_to_the_checkpoint(tmp_path):
     assert config["lr"] == 0.5 and config["out"] == str(tmp_path) and not config["resume"]
 
 
+@pytest.mark.parametrize("line", ["{]", "null", "5", '{"other": 1}', '"step"', "\udcff"])
+def test_a_damaged_log_is_named_and_stays(line, tmp_path, capsys):
+    s = parse_settings("train", [])
+    s.resume = True
+    starts = {"metrics.jsonl": lambda: runs.start_metrics(tmp_path, s, 2)}
+    starts["answers.jsonl"] = lambda: runs.start_answers(tmp_path, s)
+    for name, start in starts.items():
+        text = f'{{"step": 1, "skipped": "no file"}}\n{line}\n'.encode(errors="surrogateescape")
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(SystemExit) as stopped:
+            start()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1
+        assert f"{tmp_path / name} is damaged, mend or delete it, then --resume" in said
+        assert (tmp_path / name).read_bytes() == text
+        (tmp_path / name).unlink()
+        assert start() == []  # training goes on without the log of its first steps
+
+
 # --------------------------------------------------------------------------------------------------
 # Settings
 # --------------------------------------------------------------------------------------------------
