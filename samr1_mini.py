@@ -128,13 +128,12 @@ def train(s: Settings) -> None:
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
-    unwritten = f"--out {out} cannot be written (make room; --resume continues from a checkpoint)"
     first, results = 0, {}
     if s.resume:  # a resumed run has its first evaluation already
         with exit_on_error(f"--resume {out}"):
             first, results = runs.load_checkpoint(out, policy.model, optimizer, generator)
             results.pop("after", None)
-    with exit_on_error(f"--out {out}"):
+    with runs.writing_to(out):
         metrics = runs.start_metrics(out, s, first)
     if not results:
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
@@ -174,7 +173,7 @@ def train(s: Settings) -> None:
         row |= {"skipped": skipped} | statistics | {"lr": lr} | timer.row(completions)
         metrics.append(row)
         bar.set_postfix({name: f"{row[name]:.2f}" for name in ("reward", "iou", "kl")})
-        with exit_on_error(unwritten, (OSError,)):
+        with runs.writing_to(out):
             runs.append_line(out / "metrics.jsonl", row)
             if log_this_step:
                 record = (batch[:2], completions, scores, policy.processor.tokenizer)
@@ -188,7 +187,7 @@ def train(s: Settings) -> None:
 
     rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
-    with exit_on_error(unwritten, (OSError,)):
+    with runs.writing_to(out):
         runs.save_checkpoint(out, s.steps, s, policy.model, optimizer, generator, results)
     runs.print_table(results, metrics, out)
 
@@ -382,7 +381,7 @@ def evaluate_adapter(s: EvalSettings) -> None:
         heldout = load_data(s.data, "heldout")
     policy, scorer = load_models(s, out, "eval")
     count = s.limit or (256 if s.data == "shapes" else len(heldout))
-    with exit_on_error(f"--out {out} cannot be written (make room, then --resume)", (OSError,)):
+    with runs.writing_to(out):
         done = runs.start_answers(out, s)
         with open(out / "answers.jsonl", "a") as log:
             rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)

@@ -27,7 +27,8 @@ def exit_on_error(flag: str, errors: tuple = (OSError, ValueError, KeyError, Run
         yield
     except errors as error:
         reason = " ".join(str(error).split())[:400]
-        tqdm.write(f"samr1_mini.py: {flag}: {reason}", file=sys.stderr)  # below a progress bar
+        program = Path(sys.argv[0]).name
+        tqdm.write(f"{program}: {flag}: {reason}", file=sys.stderr)  # below a progress bar
         raise SystemExit(2) from error
 
 
@@ -61,7 +62,7 @@ def parse(
         with exit_on_error("--resume"):
             if not given.out or given.overwrite:
                 raise ValueError("name the run with --out, and leave --overwrite out")
-            saved = read_config(Path(given.out), names) | {"resume": True}
+            saved = read_config(Path(given.out), cls) | {"resume": True}
         filled.set_defaults(**saved)
     settings = cls(**vars(filled.parse_args(argv)))
     fixed = [name for name in saved if name not in may_change]
@@ -75,15 +76,25 @@ def parse(
     return settings
 
 
-def read_config(run: Path, names: list[str]) -> dict:
-    """The settings of the run in a folder. Raises ValueError if they are not of this version."""
+def read_config(run: Path, cls) -> dict:
+    """The settings in a run's folder, those of the class `cls`.
+
+    Raises ValueError if they are damaged, or those of another version or command.
+    """
     file = run / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}: name the folder of a run")
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): start again with --overwrite") from error
-    if not isinstance(config, dict) or set(config) != set(names):
-        known = set(config) ^ set(names) if isinstance(config, dict) else {"no settings"}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(config, dict) or set(config) != set(fields):
+        known = set(config) ^ set(fields) if isinstance(config, dict) else {"no settings"}
         known = ", ".join(sorted(known))
         raise ValueError(f"{file} is of another version or command ({known}): start another run")
+    for name, value in config.items():
+        kind, choices = fields[name].type, fields[name].metadata.get("choices", [value])
+        if type(value) not in {kind, int if kind is float else kind} or value not in choices:
+            raise ValueError(f"{file} is damaged ({name}: {value!r}): start another run")
     return config

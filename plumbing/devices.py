@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -57,7 +58,8 @@ def choose_dtype(name: str, device: torch.device, tiny: bool) -> torch.dtype:
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))
     reason = f"this GPU (compute capability {version}, below 8.0) has no fast bfloat16 attention"
     if tiny and name == "auto":
-        tqdm.write(f"samr1_mini.py: {reason}: computing in float32", file=sys.stderr)
+        program = Path(sys.argv[0]).name
+        tqdm.write(f"{program}: {reason}: computing in float32", file=sys.stderr)
         return torch.float32
     raise ValueError(
         f"{reason}: use float16, which may overflow, or float32, which takes twice the memory"

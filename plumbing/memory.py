@@ -29,7 +29,8 @@ Parts = dict[str, tuple[int, str]]  # name of a part: its bytes, and how they ar
 BYTES_4BIT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 LOGITS_AT_ONCE = 39_000_000  # as in grpo.py, which this file must not import
 
-# The sizes of the language models, as published in their config.json.
+# The sizes of the language models, as published in their config.json. Those of Qwen3-VL-2B, and of
+# its vision tower below, are also those of torchtitan's model "2B" in models/qwen3_vl.
 PUBLISHED = {
     "Qwen/Qwen3-VL-2B-Instruct": dict(
         hidden_size=2048,

@@ -23,6 +23,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
 from data import BadSample, Sample
+from plumbing.command_line import exit_on_error
 
 try:
     import fcntl  # locks of files
@@ -30,7 +31,7 @@ try:
 except ImportError:  # Windows has no such modules
     fcntl = resource = None
 
-_locks = {}  # mark: the open file whose lock this process holds
+_locks = {}  # mark: the descriptor of its open file, whose lock this process holds
 
 MARK = ".samr1-mini"  # this file marks the folder of a run; it holds the name of the command
 RUN_FILES = """config.json metrics.jsonl eval.json answers.jsonl report.html curves.png sheet.png
@@ -76,7 +77,8 @@ def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: lis
     if resume:
         if not mark.is_file() or mark.read_text() != command:
             raise ValueError(f"this is not the folder of a `{command}` run: name another one")
-        return lock_run(mark)
+        lock_run(mark)
+        return remove_leftovers(out)
     for name in inputs:
         path = Path(name.partition(":")[2] or name).expanduser()
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
@@ -85,19 +87,49 @@ def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: lis
     leftovers = {name for name in names if is_temporary(out / name)}
     if names - leftovers and not mark.is_file():
         raise ValueError("this folder holds other files than a run: name another one")
-    if names - leftovers and not overwrite:
+    if names - leftovers - {MARK} and not overwrite:
+        way = "continue it with --resume, " if can_be_resumed(out) else ""
         raise ValueError(
-            "it holds a run: continue it with --resume, replace it with --overwrite, "
-            "or name another folder"
+            f"it holds a run: {way}replace it with --overwrite, or name another folder"
         )
     if others := sorted(names - leftovers - {MARK, *RUN_FILES}):
         raise ValueError(f"it also holds {', '.join(others[:3])}: move that away first")
     out.mkdir(parents=True, exist_ok=True)
     lock_run(mark)
     for name in names - {MARK}:
-        file = out / name
-        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+        remove(out / name)
     mark.write_text(command)
+
+
+def can_be_resumed(out: Path) -> bool:
+    """Whether --resume can continue what is in a run's folder."""
+    mark, checkpoint = out / MARK, out / "checkpoint" / "state.pt"
+    saved = mark.is_file() and (mark.read_text() == "eval" or checkpoint.is_file())
+    return saved and (out / "config.json").is_file()
+
+
+@contextlib.contextmanager
+def writing_to(out: Path):
+    """Turn an error of the disk into one line that says how to continue, and exit with code 2."""
+    try:
+        yield
+    except OSError as error:
+        way = "--resume" if can_be_resumed(out) else "--overwrite"
+        with exit_on_error(f"--out {out} cannot be written (make room, then {way})"):
+            raise error
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with what it holds."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete what a killed process has left of interrupted writes in a run's folder."""
+    inside = [*out.glob("checkpoint/*"), *out.glob("rollouts/*"), *out.glob("samples/*")]
+    half = [file for file in inside if re.fullmatch(r"(state|step_\d+)\.tmp\.\w+", file.name)]
+    for path in half + [path for path in out.iterdir() if is_temporary(path)]:
+        remove(path)
 
 
 def is_temporary(path: Path) -> bool:
@@ -113,13 +145,13 @@ def lock_run(mark: Path) -> None:
     mark = mark.resolve()
     if fcntl is None or mark in _locks:
         return
-    handle = open(mark, "a")
+    descriptor = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        handle.close()
+        os.close(descriptor)
         raise ValueError("another process is writing to it: wait, or name another folder") from None
-    _locks[mark] = handle
+    _locks[mark] = descriptor
 
 
 def save_settings(out: Path, settings) -> None:
@@ -131,27 +163,41 @@ def save_settings(out: Path, settings) -> None:
 def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     """Write config.json, and crop metrics.jsonl to the first `steps` lines, which are returned.
 
-    Steps after the checkpoint that a run continues from are repeated.
+    Steps after the checkpoint that a run continues from are repeated. Without the file, the log
+    begins with the next step.
     """
-    save_settings(out, settings)
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines()[:steps] if steps else []
-    try:
-        rows = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: start again with --overwrite ({error})") from error
-    write_text(file, "".join(line + "\n" for line in lines))
+    rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
+    start_log(out, settings, "metrics.jsonl", rows)
     return rows
 
 
 def start_answers(out: Path, settings) -> list[dict]:
     """Write config.json, and return the answers that an interrupted evaluation has written."""
-    file = out / "answers.jsonl"
-    # A line without an end was cut off by the interruption.
-    lines = file.read_text().split("\n")[:-1] if settings.resume and file.exists() else []
+    keys = {"boxonly_iou", "skipped"}
+    rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
+    start_log(out, settings, "answers.jsonl", rows)
+    return rows
+
+
+def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     save_settings(out, settings)
-    write_text(file, "".join(line + "\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(file: Path, keys: set[str]) -> list[dict]:
+    """The lines of a log, each a JSON object with one of these keys. Empty without the file.
+
+    Exits with code 2 and one line if a line is anything else.
+    """
+    if not file.exists():
+        return []
+    with exit_on_error(f"{file} is damaged, mend or delete it, then --resume"):
+        # A line without an end was cut off by the interruption.
+        rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not keys & row.keys():
+                raise ValueError(f"line {number} is not one that this version writes")
+    return rows
 
 
 def append_line(file: Path, row: dict) -> None:
@@ -270,10 +316,8 @@ def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
                 skipped += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         else:
-            raise SystemExit(
-                "samr1_mini.py: --data: 100 samples in a row cannot be used, see above; "
-                "what is trained is saved"
-            )
+            with exit_on_error("--data"):
+                raise ValueError("100 samples in a row cannot be used, see above: mend the files")
     return batch, skipped
 
 

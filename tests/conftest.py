@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Shapes, messages
-from plumbing import runs
 from plumbing.sam import load_sam
 from reward import SamScorer
 
@@ -27,10 +26,10 @@ def pytest_configure(config):
         config.addinivalue_line("markers", meaning)
 
 
-def pytest_unconfigure(config):
-    """Close the locks of all folders that tests have opened: Python warns of each open file."""
-    while runs._locks:
-        runs._locks.popitem()[1].close()
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    """Messages name the program that runs. In tests, that is samr1_mini.py and not pytest."""
+    monkeypatch.setattr(sys, "argv", ["samr1_mini.py"])
 
 
 def missing_exercise(error: BaseException | None) -> str | None:

@@ -376,7 +376,7 @@ def test_resume_needs_a_run_of_the_same_command(trained, evaluated, capsys):
     assert (contents(trained), contents(evaluated)) == before
 
 
-@pytest.mark.parametrize("change", ["list", "unknown key", "missing key", "cut", "no file"])
+@pytest.mark.parametrize("change", ["list", "unknown key", "missing key", "type", "cut", "no file"])
 def test_a_damaged_config_is_reported(change, evaluated, tmp_path, capsys):
     copy = Path(shutil.copytree(evaluated, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
@@ -384,6 +384,7 @@ def test_a_damaged_config_is_reported(change, evaluated, tmp_path, capsys):
         "list": "[{}]",
         "unknown key": json.dumps(config | {"colour": "red"}),
         "missing key": json.dumps({k: v for k, v in config.items() if k != "vlm"}),
+        "type": json.dumps(config | {"limit": ["many"]}),
         "cut": json.dumps(config)[:50],
     }
     (copy / "config.json").unlink()

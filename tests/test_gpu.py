@@ -29,6 +29,7 @@ from plumbing.sam import grid_positions, load_sam
 from plumbing.settings import PRESETS, parse_settings
 from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt, SamScorer, parse_answer
+from tools import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -288,6 +289,22 @@ def test_4bit_trains_from_the_command_line(thinking, tmp_path):
     train_once(tmp_path / "run", *flags)
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 16
+
+
+def test_figures_load_the_base_model_as_the_run_did(tmp_path, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(*args):
+        raise Loaded(args)
+
+    s = parse_settings("train", ["--dtype", "float16", "--load_in_4bit", "--side", "96"])
+    runs.save_settings(tmp_path, s)
+    monkeypatch.setattr(figures, "load_vlm", load)
+    for trained, adapter in ((True, str(tmp_path / "adapter")), (False, "none")):
+        with pytest.raises(Loaded) as loaded:
+            figures.answer(tmp_path, trained, [])
+        assert loaded.value.args[0] == ("tiny", "auto", 96, "brief", adapter, "float16", True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ import dataclasses
 import doctest
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import typing
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,7 +113,7 @@ def test_a_users_own_temporary_file_is_never_deleted(name, tmp_path):
     open_run(tmp_path)
     (tmp_path / name).write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="--resume|also holds"):
+        with pytest.raises(ValueError, match="holds a run|also holds"):
             open_run(tmp_path, overwrite=overwrite)
     open_run(tmp_path, resume=True)
     assert (tmp_path / name).read_text() == "mine"
@@ -129,6 +131,71 @@ def test_what_a_killed_process_left_blocks_no_folder_and_is_removed(tmp_path):
             (out / runs.MARK).write_text(mark)
         open_run(out, overwrite=bool(mark))
         assert [file.name for file in out.iterdir()] == [runs.MARK]
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_resume(tmp_path):
+    out = tmp_path / "samples"  # a run's folder may have the name of one of its own folders
+    open_run(out)
+    half = ["tmpab_1cd2e.tmp/adapter_config.json", "config.tmp.json", "metrics.tmp.jsonl"]
+    half += ["checkpoint/state.tmp.pt", "rollouts/step_00050.tmp.json", "samples/step_1.tmp.png"]
+    whole = ["config.json", "checkpoint/state.pt", "rollouts/step_00050.json", "adapter/x.tmp.json"]
+    whole += ["samples/mine.tmp.png", "step_1.tmp.png", "notes.tmp", "tmpmy_notes.tmp"]
+    for name in half + whole:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{")
+    open_run(out, resume=True)
+    left = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert left == {runs.MARK, *whole} and not (out / "tmpab_1cd2e.tmp").exists()
+
+
+def test_a_folder_that_holds_only_the_mark_is_like_a_new_one(tmp_path):
+    """What a disk leaves that was full before the first file of a run."""
+    for text in ("", "train", "eval"):
+        (tmp_path / runs.MARK).write_text(text)
+        open_run(tmp_path)
+        assert (tmp_path / runs.MARK).read_text() == "train"
+
+
+@pytest.mark.parametrize(
+    "command, files, way",
+    [
+        ("train", "", "--overwrite"),
+        ("train", "config.json", "--overwrite"),
+        ("train", "config.json metrics.jsonl eval.json", "--overwrite"),
+        ("train", "checkpoint/state.pt", "--overwrite"),
+        ("train", "config.json checkpoint/state.pt", "--resume"),
+        ("eval", "", "--overwrite"),
+        ("eval", "config.json", "--resume"),
+    ],
+)
+def test_a_full_disk_names_the_way_that_works(command, files, way, tmp_path, capsys):
+    out = tmp_path / "run"
+    open_run(out, command=command)
+    for name in files.split():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    with pytest.raises(SystemExit) as stopped, runs.writing_to(out):
+        raise OSError(28, "No space left on device")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"samr1_mini.py: --out {out} cannot be written (make room, then {way})")
+    if files:  # the same words as those of a new start
+        with pytest.raises(ValueError, match="--overwrite") as refused:
+            open_run(out, command=command)
+        assert ("--resume" in str(refused.value)) == (way == "--resume")
+    with pytest.raises(KeyError), runs.writing_to(out):
+        raise KeyError("a bug")
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="this system has no locks of files")
+def test_a_lock_ends_without_a_warning(tmp_path):
+    """Python warns of each open file object that nobody closed, and a lock is never closed."""
+    open_run(tmp_path)
+    descriptor = runs._locks.pop((tmp_path / runs.MARK).resolve())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        os.close(descriptor)
+    open_run(tmp_path, resume=True)
 
 
 HOLD = """
@@ -236,6 +303,25 @@ def test_the_metrics_are_cropped_to_the_checkpoint(tmp_path):
     assert config["lr"] == 0.5 and config["out"] == str(tmp_path) and not config["resume"]
 
 
+@pytest.mark.parametrize("line", ["{]", "null", "5", '{"other": 1}', '"step"', "\udcff"])
+def test_a_damaged_log_is_named_and_stays(line, tmp_path, capsys):
+    s = parse_settings("train", [])
+    s.resume = True
+    starts = {"metrics.jsonl": lambda: runs.start_metrics(tmp_path, s, 2)}
+    starts["answers.jsonl"] = lambda: runs.start_answers(tmp_path, s)
+    for name, start in starts.items():
+        text = f'{{"step": 1, "skipped": "no file"}}\n{line}\n'.encode(errors="surrogateescape")
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(SystemExit) as stopped:
+            start()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1
+        assert f"{tmp_path / name} is damaged, mend or delete it, then --resume" in said
+        assert (tmp_path / name).read_bytes() == text
+        (tmp_path / name).unlink()
+        assert start() == []  # training goes on without the log of its first steps
+
+
 # --------------------------------------------------------------------------------------------------
 # Settings
 # --------------------------------------------------------------------------------------------------
@@ -303,6 +389,26 @@ def test_bounds_are_exact(name, bad, good):
     assert not settings.problem(dataclasses.replace(s, **{name: good}))
 
 
+@pytest.mark.parametrize("name, value", [("steps", "many"), ("steps", 2.0), ("steps", True)])
+def test_a_config_with_values_of_another_type_is_refused(name, value, tmp_path):
+    config = dataclasses.asdict(settings.Settings()) | {"lr": 1}  # JSON does not tell 1 from 1.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert command_line.read_config(tmp_path, settings.Settings) == config
+    for key, wrong in {name: value, "lr": "1", "vlm": 3, "resume": 0, "accuracy": "best"}.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: wrong}))
+        with pytest.raises(ValueError, match=f"config.json is damaged .{key}: "):
+            command_line.read_config(tmp_path, settings.Settings)
+
+
+def test_messages_name_the_program_that_runs(tmp_path):
+    """Here it is a tool: pytest gives every test the name of samr1_mini.py."""
+    command = [sys.executable, "-m", "tools.merge", "--adapter", tmp_path, "--out", tmp_path / "m"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = refused.stderr.splitlines()[-1]  # a library may write something first
+    assert refused.returncode == 2
+    assert last.startswith(f"merge.py: --adapter {tmp_path}: it has no adapter_config")
+
+
 def test_an_error_about_a_file_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(SystemExit) as stopped, command_line.exit_on_error("--data FOLDER"):
         raise ValueError("two\nlines")
@@ -350,9 +456,12 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one(capsys):
     assert len(errors) == 8 and errors[0] == "skipped: 2 is broken"
 
 
-def test_a_hundred_bad_samples_in_a_row_end_the_run():
-    with pytest.raises(SystemExit, match="--data: 100 samples in a row"):
+def test_a_hundred_bad_samples_in_a_row_end_the_run(capsys):
+    with pytest.raises(SystemExit) as stopped:
         runs.load_samples(Broken("train", size=10), [0])
+    *skipped, last = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(skipped) == 100
+    assert last.startswith("samr1_mini.py: --data: 100 samples in a row")
 
 
 def test_the_second_signal_ends_the_run_at_once(tmp_path, capsys):

@@ -272,6 +272,25 @@ def test_a_full_disk_gets_one_line_and_loses_nothing(copied_run, monkeypatch, ca
     assert [row["step"] for row in read_metrics(copied_run)] == list(range(1, 8))
 
 
+def test_a_disk_that_is_full_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
+    """Nothing was saved that --resume could continue, and no message says so."""
+    small = "--steps 1 --eval_samples 1 --prompts_per_step 2 --group_size 2 --minibatches 1"
+    out = tmp_path / "run"
+
+    def fail(state, file):
+        raise OSError(28, "No space left on device", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        line = refused(capsys, f"train {small} --out", out)
+    assert "No space" in line and "--overwrite" in line and "--resume" not in line
+    for flags in (small, "--resume"):
+        line = refused(capsys, f"train {flags} --out", out)
+        assert "start again with --overwrite" in line or "replace it with --overwrite" in line
+    run(f"train {small} --overwrite --out", out)
+    assert state(out)["step"] == 1
+
+
 @pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_like_a_whole_one(whole_run, tmp_path):
     out = tmp_path / "run"

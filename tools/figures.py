@@ -55,7 +55,7 @@ def answer(run: Path, trained: bool, samples: list[Sample], group_size: int = 0)
     s = read_settings(run)
     s.group_size = group_size
     adapter = str(run / "adapter") if trained else "none"
-    policy = load_vlm(s.vlm, s.device, s.side, s.prompt, adapter)
+    policy = load_vlm(s.vlm, s.device, s.side, s.prompt, adapter, s.dtype, s.load_in_4bit)
     prompts, generator = policy.read(samples), torch.Generator(policy.device).manual_seed(0)
     completions = sample_completions(policy, prompts, s, generator, greedy=not group_size)
     texts = policy.texts(completions)
