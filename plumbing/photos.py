@@ -379,20 +379,3 @@ def load_data(spec: str, split: str, seed: int = 0, samples: int = 3000):
     if name == "reasonseg":
         return ReasonSeg(root, part)
     return RefCOCO(name, root, part, *((samples, seed) if split == "train" else ()))
-
-
-# What the paper reports, in percent. Policy: Qwen2.5-VL-7B, all weights trained. Segmenter:
-# SAM2-Large. It is printed beside our metrics and never mixed with them.
-PAPER = {
-    ("reasonseg", "val"): "gIoU 64.0, cIoU 55.8",
-    ("reasonseg", "test"): "gIoU 60.2, cIoU 54.3",
-    ("refcoco", "testA"): "cIoU 79.2",
-    ("refcoco+", "testA"): "cIoU 74.7",
-    ("refcocog", "test"): "gIoU 75.4, cIoU 73.1",
-}
-
-
-def paper_results(spec: str) -> str:
-    """The paper's metrics on the split that `--data` names, or ""."""
-    name, _, path = spec.partition(":")
-    return PAPER.get((name, Path(path).name), "")
