@@ -1,4 +1,4 @@
-"""hub.py - data sets in the columns of Seg-Zero's, from the Hugging Face hub: --data hub:NAME[@ROOT].
+"""hub.py - data sets in the columns of Seg-Zero's, from Hugging Face's hub: --data hub:NAME[@ROOT].
 
 NAME is OWNER/SET, or a local folder with parquet files. The package `datasets` opens both. It
 downloads, resumes and caches. There are two sorts:
@@ -71,7 +71,7 @@ def split_root(path: str) -> tuple[str, str | None]:
 
 
 def open_table(name: str, needed: tuple[str, ...], part: str):
-    """Open a set with `datasets`, which downloads it if needed. [index] gives one row of Arrow data.
+    """Open a set with `datasets`, which downloads it if needed. [index] gives a row of Arrow data.
 
     needed: columns that it must have. part: the split to read if the set has several.
 
@@ -80,7 +80,8 @@ def open_table(name: str, needed: tuple[str, ...], part: str):
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"hub: sets need a package ({error}). Run: pip install datasets") from error
+        reason = f"hub: sets need a package ({error})"
+        raise ValueError(f"{reason}. Run: pip install datasets") from error
     if (folder := Path(name).expanduser()).is_dir():
         name = str(folder)
     elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):

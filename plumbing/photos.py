@@ -119,7 +119,7 @@ def read_instances(file: Path, changed: int, size: int) -> tuple[dict, dict, dic
     """Return three dicts about images and annotations, which are named by their ids.
 
     They are {image: (file name, (width, height))}, {annotation: polygons or RLE}, {annotation:
-    image}. `changed` and `size` describe the file. The cache uses them to notice a new version of it.
+    image}. `changed` and `size` describe the file. The cache uses them to notice a new version.
     """
     instances = json.loads(file.read_bytes())
     images = {i["id"]: (i["file_name"], (i["width"], i["height"])) for i in instances["images"]}
@@ -161,7 +161,7 @@ class RefCOCO:
                 raise ValueError("its area is zero")
             check_query(one.query)
         except (ValueError, LookupError, TypeError, OverflowError) as error:
-            reason = f"its mask in instances.json or its sentence cannot be used ({reason_of(error)})"
+            reason = f"its mask in instances.json or its sentence is bad ({reason_of(error)})"
             raise BadSample(f"{one.id}: {reason}. Skip this sample") from error
         image = read_image(self.folder / file_name, self.hint, size)
         return Sample(image, one.query, mask, None, one.id)

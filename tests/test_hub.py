@@ -77,7 +77,7 @@ def test_images_queries_and_masks_are_those_of_the_files(tmp_path):
 
 
 def test_a_set_that_datasets_wrote_itself_is_read_the_same(tmp_path):
-    """`datasets` keeps its own types in the file, such as Image. A single file may have any name."""
+    """`datasets` keeps its own types in the file, such as Image. One file may have any name."""
     rows = masked_rows()
     plain = load_data(write(tmp_path / "plain", rows), "heldout")
     types = {"image": datasets.Image(), "text": datasets.Value("string")}
@@ -259,7 +259,9 @@ def test_rows_without_a_partner_are_left_out_and_counted_once(tmp_path, refcocog
     whole = len(load_data(spec, "train"))
     load_data(spec, "heldout")
     assert capsys.readouterr().err.count(f"skipped: {len(ids)} of {len(rows)} rows") == 1
-    assert whole == sum(one["image_id"] % hub.EVERY > 0 for one in refcocog.instances["annotations"])
+    assert whole == sum(
+        one["image_id"] % hub.EVERY > 0 for one in refcocog.instances["annotations"]
+    )
     alone = train_set(tmp_path / "alone", refcocog, [row | {"id": "x"} for row in rows])
     assert "instances.json" in error_of(alone, "train") and "'x'" in error_of(alone, "train")
 
