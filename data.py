@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from plumbing.prompts import REQUESTS, plain_query
 from plumbing.scenes import COLOURS, PLAIN_KINDS, background, draw_shape, noise
 from plumbing.scenes import unambiguous_queries
 
@@ -247,14 +248,13 @@ def messages(query: str, style: str, units: str, side: int) -> list[dict]:
     style: "full" explains the task to a model that was not trained on it. The paper gives no
            wording, so this one is ours. "brief" is the query alone, for a model that knows the
            task: the tiny one sees 16 image tokens, and a page of instructions would hide them.
+           "segzero" and "visionreasoner" are for their checkpoints, see plumbing/prompts.py.
     units: "pixels" or "thousandths", see `UNITS`.
     side:  side of the square image that the policy sees, in pixels.
     """
-    image = {"type": "image"}
-    if style == "brief":
-        return [{"role": "user", "content": [image, {"type": "text", "text": f"find {query}"}]}]
-    request = REQUEST.format(query=query, units=UNITS[units].format(side=side))
-    return [
-        {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-        {"role": "user", "content": [image, {"type": "text", "text": request}]},
-    ]
+    request = {"full": REQUEST, "brief": "find {query}", **REQUESTS}[style]
+    query, where = plain_query(query, style), UNITS[units].format(side=side)
+    request = request.format(query=query, units=where)
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request}]}
+    system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+    return [system, user] if style == "full" else [user]

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou, masks_to_boxes
 
-from plumbing.answers import find_block, json_object, last_block, numbers
+from plumbing.answers import find_block, first_listed, json_object, last_block, numbers
 from plumbing.devices import half_precision, to_device
 from plumbing.sam import load_weights, restore_weights
 from plumbing.scenes import interior_points
@@ -46,14 +46,16 @@ class Answer(NamedTuple):
     box: tuple[float, ...] | None  # x1, y1, x2, y2 with x1 < x2 and y1 < y2
     points: tuple[tuple[float, ...], ...]  # the valid ones of the two, (x, y) each
     thought: str  # the reasoning, "" if there is none
+    objects: int = 1  # that the answer lists
 
 
-def parse_answer(text: str) -> Answer:
+def parse_answer(text: str, style: str = "full") -> Answer:
     """Read a completion. Never raises, and takes time linear in the length of the text.
 
     Each part is judged separately: SAM gets a valid box even if a point or the thought is missing.
     The answer is the last <answer> block after the thought, as JSON or as a Python literal. The
-    helpers are in plumbing/answers.py.
+    helpers are in plumbing/answers.py. style: of the prompt. "visionreasoner" is answered with a
+    list of objects with one point each: the first counts, while VisionReasoner unites all masks.
 
     >>> text = '<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>'
     >>> answer = parse_answer(text)
@@ -63,7 +65,8 @@ def parse_answer(text: str) -> Answer:
     # exercise 1: read an answer and judge its two formats
     think = find_block(text, "<think>", "</think>")
     answer = last_block(think.after if think else text, "<answer>", "</answer>")
-    data = json_object(answer.inside) if answer else {}
+    listed = style == "visionreasoner"
+    data = (first_listed if listed else json_object)(answer.inside) if answer else {}
     box = numbers(data.get("bbox"), 4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
         box = None  # swapped corners: SAM would still draw a plausible mask of it
@@ -72,7 +75,9 @@ def parse_answer(text: str) -> Answer:
     think_format = False
     if thought and answer:  # all text outside of the two blocks must be white space
         think_format = not (think.before + answer.before + answer.after).strip()
-    return Answer(think_format, box is not None and len(points) == 2, box, points, thought)
+    answer_format = box is not None and len(points) == 2 - listed
+    objects = data.get("objects", 1) if listed else 1
+    return Answer(think_format, answer_format, box, points, thought, objects)
     # end of exercise 1
 
 
@@ -118,6 +123,7 @@ class Overlap(NamedTuple):
     union: torch.Tensor  # float32, pixels
     prompted: torch.Tensor  # bool: SAM was given a box or a point
     masks: list[torch.Tensor] | None  # B tensors (G, H, W) bool, with keep_masks=True
+    segzero: tuple = ()  # intersection and union if ignored pixels are target (B, G)
 
     @property
     def iou(self) -> torch.Tensor:
@@ -192,12 +198,16 @@ class SamScorer:
                 None if pixels is None else self._to_device(torch.from_numpy(pixels))
                 for pixels in (sample.mask, sample.ignore)
             )
-            overlaps.append(intersection_and_union(mask, truth, ignore))
+            counts = 2 * intersection_and_union(mask, truth, ignore)
+            if ignore is not None:  # see plumbing/protocols.py
+                counts = counts[:2] + intersection_and_union(mask, truth | ignore, None)
+            overlaps.append(counts)
             masks.append(mask if keep_masks else None)
         if self.offload:
             restore_weights(self.sam, host)
-        intersection, union = (torch.stack(column) for column in zip(*overlaps, strict=True))
-        return Overlap(intersection, union, prompted.view(B, G), masks if keep_masks else None)
+        counts = [torch.stack(column) for column in zip(*overlaps, strict=True)]
+        masks = masks if keep_masks else None
+        return Overlap(*counts[:2], prompted.view(B, G), masks, tuple(counts[2:]))
 
     @torch.no_grad()
     def encode(self, images: list[Image.Image]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -366,12 +376,14 @@ def score_completions(
     frame: float,
     accuracy: str = "tiered",
     keep_masks: bool = False,
+    style: str = "full",
 ) -> Scores:
     """The whole reward for B samples x G completions (texts). See `sam_prompt` for `frame`.
 
-    A completion without a usable box or point has IoU 0, even where the true mask is empty.
+    A completion without a usable box or point has IoU 0, even where the true mask is empty. style:
+    of the prompt, see `parse_answer`.
     """
-    answers = [[parse_answer(text) for text in group] for group in completions]
+    answers = [[parse_answer(text, style) for text in group] for group in completions]
     prompts = [
         [sam_prompt(answer, frame, *sample.image.size) for answer in group]
         for sample, group in zip(samples, answers, strict=True)

@@ -39,7 +39,8 @@ from grpo import Completions, clip_side, group_advantages, group_logprobs, grpo_
 from plumbing import pictures, runs
 from plumbing.command_line import exit_on_error
 from plumbing.devices import clipped_step
-from plumbing.photos import check_query, load_data, paper_results, read_picture
+from plumbing.photos import check_query, load_data, read_picture
+from plumbing.protocols import count_both, metrics_by_protocol, print_protocols
 from plumbing.sam import load_sam
 from plumbing.scenes import interior_points, points_inside
 from plumbing.settings import EvalSettings, SegmentSettings, Settings, parse_settings
@@ -155,7 +156,8 @@ def train(s: Settings) -> None:
 
         # 2. Reward: answer -> SAM -> mask -> IoU -> reward. Then advantages within each group.
         texts = policy.texts(completions)  # B lists of G strings
-        scores = score_completions(scorer, batch, texts, policy.frame, s.accuracy, log_this_step)
+        options = (policy.frame, s.accuracy, log_this_step, policy.prompt)
+        scores = score_completions(scorer, batch, texts, *options)
         advantages = group_advantages(scores.reward)  # (B, G)
         timer.end("reward")
 
@@ -273,7 +275,7 @@ def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metri
     generator = torch.Generator(policy.device).manual_seed(0)  # its own: logging changes nothing
     completions = sample_completions(policy, policy.read(batch), s, generator)
     texts = policy.texts(completions)
-    scores = score_completions(scorer, batch, texts, policy.frame, s.accuracy, keep_masks=True)
+    scores = score_completions(scorer, batch, texts, policy.frame, s.accuracy, True, policy.prompt)
     seen = pictures.record_rollouts(batch, completions, scores, policy.processor.tokenizer)
     record = json.dumps({"step": step, "train": logged, "heldout": seen})
     runs.write_text(out / "rollouts" / f"step_{step:05d}.json", record)
@@ -292,11 +294,12 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
 
     Columns that begin with "ceiling_" are SAM with the true box and two good points as its prompt,
     those with "boxonly_" SAM with the policy's box but without its points. Boxes and points are in
-    image pixels, intersection and union in pixels.
+    image pixels, intersection and union in pixels. See plumbing/protocols.py for how they count.
     """
     completions = sample_completions(policy, policy.read(batch), s, greedy=True)
     texts = [group[0] for group in policy.texts(completions)]
-    answers = [parse_answer(text) for text in texts]
+    answers = [parse_answer(text, policy.prompt) for text in texts]
+    asked = 1 if policy.prompt == "visionreasoner" else 2  # points
     sizes = [one.image.size for one in batch]
     ours = [sam_prompt(a, policy.frame, *size) for a, size in zip(answers, sizes, strict=True)]
     truths = [SamPrompt(true_box(one.mask), interior_points(one.mask)) for one in batch]
@@ -305,14 +308,11 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
     ious = box_ious(batch, [[prompt] for prompt in ours])[:, 0].tolist()
     rows = []
     for b, (one, answer, prompt) in enumerate(zip(batch, answers, ours, strict=True)):
-        row = {"id": one.id, "query": one.query, "answer": texts[b]}
+        row = {"id": one.id, "query": one.query, "answer": texts[b], "objects": answer.objects}
         row |= {"box": prompt.box, "points": prompt.points, "box_iou": ious[b]}
         row["format"] = answer.think_format and answer.answer_format
-        row["points_inside"] = points_inside(prompt.points, one.mask)
-        for name in ("intersection", "union", "iou"):
-            for k, prefix in enumerate(("", "ceiling_", "boxonly_")):
-                row[prefix + name] = getattr(overlap, name)[b, k].item()
-        rows.append(row)
+        row |= {"points_inside": points_inside(prompt.points, one.mask, asked)}
+        rows.append(row | count_both(overlap, b, one, answer.answer_format, s))
     return rows
 
 
@@ -385,16 +385,13 @@ def evaluate_adapter(s: EvalSettings) -> None:
         done = runs.start_answers(out, s)
         with open(out / "answers.jsonl", "a") as log:
             rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)
-        results = {trained: compute_metrics(rows), "ceiling": compute_metrics(rows, "ceiling_")}
+        results = metrics_by_protocol(rows, compute_metrics, trained, s)
         runs.write_text(out / "eval.json", json.dumps(results, indent=2))
         if results[trained]["n"]:
             figure = pictures.evaluation_sheet(rows, scorer, heldout, SamPrompt)
             runs.save_figure(figure, out / "sheet.png")
     runs.print_table(results, [], out)
-    if skipped := len(rows) - results[trained]["n"]:
-        print(f"{skipped} samples could not be used and count in no metric")
-    if paper := paper_results(s.data):
-        print(f"SAM-R1 in the paper (7B, all weights, SAM2-Large), percent: {paper}")
+    print_protocols(results[trained], rows, s)
 
 
 def segment(s: SegmentSettings) -> None:
@@ -414,7 +411,7 @@ def segment(s: SegmentSettings) -> None:
     completions = sample_completions(policy, policy.read([one]), s, greedy=True)
     text = policy.texts(completions)[0][0]
     scorer = SamScorer(sam, policy.device, offload=s.save_memory >= 3)
-    scores = score_completions(scorer, [one], [[text]], policy.frame, keep_masks=True)
+    scores = score_completions(scorer, [one], [[text]], policy.frame, "iou", True, policy.prompt)
     answer, prompt = scores.answers[0][0], scores.prompts[0][0]
     mask = scores.overlap.masks[0][0].cpu().numpy()
     figure = pictures.found(image, query, mask, prompt, answer.thought or text)

@@ -35,24 +35,44 @@ def last_block(text: str, opening: str, closing: str) -> Block | None:
 
 
 def json_object(text: str) -> dict:
-    """The object in a text, or {} if the text is anything else.
+    """The object in a text, or {} if the text is anything else, see `read_literal`."""
+    data = read_literal(text)
+    return data if isinstance(data, dict) else {}
 
-    Accepted are JSON and Python literals (single quotes, trailing commas, `3.`, None), in a code
-    fence or not, with byte order marks and no-break spaces.
+
+def first_listed(text: str) -> dict:
+    """The first object of a VisionReasoner answer under the keys of `reward.parse_answer`.
+
+    "objects" is the number of objects that the list holds. {} if the text holds no such list.
+
+    >>> first_listed('[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}, {"bbox_2d": "?"}]')
+    {'bbox': [1, 2, 5, 6], 'points_1': [3, 4], 'objects': 2}
+    """
+    data = read_literal(text)
+    if not (isinstance(data, list) and data and isinstance(data[0], dict)):
+        return {}
+    box, point = data[0].get("bbox_2d"), data[0].get("point_2d")
+    return {"bbox": box, "points_1": point, "objects": len(data)}
+
+
+def read_literal(text: str) -> object:
+    """What a text says as JSON or as a Python literal, or None if it is neither.
+
+    Python literals have single quotes, trailing commas, `3.` or None. The text may stand in a code
+    fence, and may hold byte order marks and no-break spaces.
     """
     if len(text) > LONGEST_ANSWER:
-        return {}
+        return None
     text = text.replace("\ufeff", "").replace("\xa0", " ").strip()
     text = re.sub(r"^```\w*|```$", "", text).strip()
     for read, errors in READERS:
         try:
             with warnings.catch_warnings():  # about odd escapes in a literal
                 warnings.simplefilter("ignore")
-                data = read(text)
+                return read(text)
         except errors:
             continue
-        return data if isinstance(data, dict) else {}
-    return {}
+    return None
 
 
 # What they raise on any text: it is no JSON or literal, or nested deeper than the reader's stack.

@@ -1,6 +1,7 @@
 """photos.py - the readers of photographs: RefCOCO, RefCOCO+, RefCOCOg and ReasonSeg.
 
 `load_data` opens the data set that `--data` names. `python -m tools.fetch` downloads the files.
+Sets of the Hugging Face hub are in plumbing/hub.py.
 """
 
 import io
@@ -103,27 +104,29 @@ def read_refer(name: str, root: Path, split: str, samples: int | None, seed: int
         keys = [f"{name}-{ref['ref_id']}-{sentence['sent_id']}" for ref, sentence in chosen]
         rows = [(s["sent"].strip(), ref["image_id"], ref["ann_id"]) for ref, s in chosen]
         file = file.with_name("instances.json")
-        images, masks = read_instances(file, file.stat().st_mtime_ns, file.stat().st_size)
+        images, masks, _ = read_instances(file, file.stat().st_mtime_ns, file.stat().st_size)
         pairs = zip(keys, rows, strict=True)
         return [Expression(key, query, images.get(i), masks.get(a)) for key, (query, i, a) in pairs]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing. Run: {hint}") from error
     except Exception as error:  # pickle's documentation: unpickling may raise any exception
-        reason = f"{file} is not as REFER published it ({_reason(error)})"
+        reason = f"{file} is not as REFER published it ({reason_of(error)})"
         raise ValueError(f"{reason}. Delete it, then run: {hint}") from error
 
 
 @lru_cache(maxsize=1)  # training reads two splits of one file, and reading it takes seconds
-def read_instances(file: Path, changed: int, size: int) -> tuple[dict, dict]:
-    """Return {image id: (file name, (width, height))} and {annotation id: polygons or RLE}.
+def read_instances(file: Path, changed: int, size: int) -> tuple[dict, dict, dict]:
+    """Return three dicts about images and annotations, which are named by their ids.
 
-    `changed` and `size` describe the file. The cache uses them to notice a new version of it.
+    They are {image: (file name, (width, height))}, {annotation: polygons or RLE}, {annotation:
+    image}. `changed` and `size` describe the file. The cache uses them to notice a new version.
     """
     instances = json.loads(file.read_bytes())
     images = {i["id"]: (i["file_name"], (i["width"], i["height"])) for i in instances["images"]}
     if any(os.path.basename(file_name) != file_name for file_name, _ in images.values()):
         raise ValueError("a file_name in it is a path")  # tools.fetch writes files of these names
-    return images, {one["id"]: one.get("segmentation") for one in instances["annotations"]}
+    masks = {one["id"]: one.get("segmentation") for one in instances["annotations"]}
+    return images, masks, {one["id"]: one.get("image_id") for one in instances["annotations"]}
 
 
 class RefCOCO:
@@ -158,7 +161,7 @@ class RefCOCO:
                 raise ValueError("its area is zero")
             check_query(one.query)
         except (ValueError, LookupError, TypeError, OverflowError) as error:
-            reason = f"its mask in instances.json or its sentence cannot be used ({_reason(error)})"
+            reason = f"its mask in instances.json or its sentence is bad ({reason_of(error)})"
             raise BadSample(f"{one.id}: {reason}. Skip this sample") from error
         image = read_image(self.folder / file_name, self.hint, size)
         return Sample(image, one.query, mask, None, one.id)
@@ -214,17 +217,26 @@ def read_image(file: Path, hint: str, size: tuple[int, int] | None = None) -> Im
         COCO's masks are. Without it, the image is rotated as its EXIF data say, as in LISA.
     """
     try:
-        with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as stored:
-            image = (stored if size else ImageOps.exif_transpose(stored)).convert("RGB")
+        image = decode_image(file, stored=bool(size))
         if size and image.size != tuple(size):
             raise ValueError("it is %d x %d, its annotation is for %d x %d" % (*image.size, *size))
-        check_shape(image)
         return image
     except FileNotFoundError as error:
         raise BadSample(f"{file} is missing. Run: {hint}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = f"{file} cannot be used ({_reason(error)})"
+        reason = f"{file} cannot be used ({reason_of(error)})"
         raise BadSample(f"{reason}. Download it again: {hint}") from error
+
+
+def decode_image(file: Path | io.BytesIO, stored: bool = False) -> Image.Image:
+    """Decode an image to RGB, rotated as its EXIF data say, or as `stored`.
+
+    Raises OSError, ValueError, SyntaxError or DecompressionBombError.
+    """
+    with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as opened:
+        image = (opened if stored else ImageOps.exif_transpose(opened)).convert("RGB")
+    check_shape(image)
+    return image
 
 
 def read_picture(file: str) -> Image.Image:
@@ -268,7 +280,7 @@ def check_query(query: object) -> str:
     return query.strip()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
@@ -312,7 +324,7 @@ class ReasonSeg:
             if self.split == "train" and not target.any():
                 raise ValueError("no pixel is target")
         except UNREADABLE as e:
-            reason = f"{file} gives no query and mask ({_reason(e)})"
+            reason = f"{file} gives no query and mask ({reason_of(e)})"
             raise BadSample(f"{reason}. Skip this sample, or download it again: {hint}") from e
         key, ignore = f"reasonseg-{self.split}-{name}", ignore if ignore.any() else None
         return Sample(image, query, target, ignore, key)
@@ -352,7 +364,8 @@ def labelme_masks(shapes: list[dict], width: int, height: int) -> tuple[np.ndarr
 def load_data(spec: str, split: str, seed: int = 0, samples: int = 3000):
     """Open the data set that `--data` names.
 
-    spec:    "shapes", or NAME:ROOT or NAME:ROOT/SPLIT, where NAME is a key of `SPLITS`.
+    spec:    "shapes", or NAME:ROOT or NAME:ROOT/SPLIT, where NAME is a key of `SPLITS`, or
+             hub:NAME[@ROOT], see plumbing/hub.py.
     split:   "train" opens SPLIT, or train if SPLIT is absent. "heldout" (for evaluation) opens
              SPLIT, or val if SPLIT is train or absent.
     seed:    chooses the training samples. Held-out samples do not depend on it.
@@ -364,9 +377,13 @@ def load_data(spec: str, split: str, seed: int = 0, samples: int = 3000):
     name, _, path = spec.partition(":")
     if spec == "shapes":
         return Shapes(split, seed if split == "train" else 0)
+    if name == "hub" and path:
+        from plumbing.hub import open_hub  # it imports this file
+
+        return open_hub(path, split, seed, samples)
     if name not in SPLITS or not path:
         names = ", ".join(f"{one}:ROOT" for one in SPLITS)
-        raise ValueError(f"there is no data set {spec!r}: use shapes, or {names}")
+        raise ValueError(f"there is no data set {spec!r}: use shapes, {names}, or hub:NAME")
     root, part = Path(path).expanduser(), "train"
     # ROOT/val means split val of ROOT, unless ROOT/val is itself a root folder.
     inside = [root / one for one in SPLITS[name]] if name == "reasonseg" else [root / name]
@@ -379,20 +396,3 @@ def load_data(spec: str, split: str, seed: int = 0, samples: int = 3000):
     if name == "reasonseg":
         return ReasonSeg(root, part)
     return RefCOCO(name, root, part, *((samples, seed) if split == "train" else ()))
-
-
-# What the paper reports, in percent. Policy: Qwen2.5-VL-7B, all weights trained. Segmenter:
-# SAM2-Large. It is printed beside our metrics and never mixed with them.
-PAPER = {
-    ("reasonseg", "val"): "gIoU 64.0, cIoU 55.8",
-    ("reasonseg", "test"): "gIoU 60.2, cIoU 54.3",
-    ("refcoco", "testA"): "cIoU 79.2",
-    ("refcoco+", "testA"): "cIoU 74.7",
-    ("refcocog", "test"): "gIoU 75.4, cIoU 73.1",
-}
-
-
-def paper_results(spec: str) -> str:
-    """The paper's metrics on the split that `--data` names, or ""."""
-    name, _, path = spec.partition(":")
-    return PAPER.get((name, Path(path).name), "")

@@ -79,9 +79,10 @@ def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: lis
             raise ValueError(f"this is not the folder of a `{command}` run: name another one")
         lock_run(mark)
         return remove_leftovers(out)
-    for name in inputs:
-        path = Path(name.partition(":")[2] or name).expanduser()
-        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+    for name in inputs:  # "refcocog:ROOT", "FOLDER", "hub:FOLDER@ROOT"
+        path = name.partition(":")[2] or name
+        paths = [Path(part).expanduser() for part in (path, *path.split("@")) if part]
+        if any(one.exists() and one.resolve().is_relative_to(out.resolve()) for one in paths):
             raise ValueError(f"it holds {name}, which this command reads: name another folder")
     names = {file.name for file in out.iterdir()} if out.exists() else set()
     leftovers = {name for name in names if is_temporary(out / name)}

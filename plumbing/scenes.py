@@ -191,11 +191,13 @@ def edge_distance(mask: np.ndarray, limit: int) -> np.ndarray:
     return distance
 
 
-def points_inside(points: tuple[tuple[float, ...], ...], mask: np.ndarray) -> float:
-    """Share of two points (x, y), image pixels, that lie in the mask (H, W).
+def points_inside(
+    points: tuple[tuple[float, ...], ...], mask: np.ndarray, asked: int = 2
+) -> float:
+    """Share of the `asked` points (x, y), image pixels, that lie in the mask (H, W).
 
     A missing point counts as outside.
     """
     height, width = mask.shape
     pixels = [(min(int(y), height - 1), min(int(x), width - 1)) for x, y in points]
-    return sum(bool(mask[pixel]) for pixel in pixels) / 2
+    return sum(bool(mask[pixel]) for pixel in pixels) / asked

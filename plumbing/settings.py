@@ -40,8 +40,9 @@ class Models:
     side: int = setting(64, "images are resized to this square, pixels. Paper: 840")
     prompt: str = setting(
         "brief",
-        "full explains the task; brief is the query only, for a model that knows the task",
-        ("full", "brief"),
+        "full explains the task; brief is the query only, for a model that knows the task; segzero "
+        "and visionreasoner ask as their checkpoints were trained, in other words",
+        ("full", "brief", "segzero", "visionreasoner"),
     )
     max_new_tokens: int = setting(48, "longest completion, tokens; the tiny model needs 30")
     rollout_prompts: int = setting(64, "prompts that are decoded together, with all completions")
@@ -56,7 +57,9 @@ class Models:
 class Data:
     _argument_group_name = "data and files"
     data: str = setting(
-        "shapes", "shapes, or refcocog|refcoco|refcoco+|reasonseg:ROOT[/SPLIT]. Paper: RefCOCOg"
+        "shapes",
+        "shapes, refcocog|refcoco|refcoco+|reasonseg:ROOT[/SPLIT], or hub:NAME[@ROOT], a set of "
+        "Hugging Face's hub or a local folder of parquet files. Paper: RefCOCOg",
     )
     out: str = setting("", "folder of the run (default: one in runs/)")
     resume: bool = setting(False, "continue the run in --out")
@@ -117,6 +120,12 @@ class EvalFlags:
     _argument_group_name = "evaluation"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model")
     limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256")
+    protocol: str = setting(
+        "lisa",
+        "what giou and ciou count. lisa: ignored pixels are left out; segzero: they are target, "
+        "and an unreadable answer has IoU 0. The paper's figures are probably segzero's",
+        ("lisa", "segzero"),
+    )
 
 
 @dataclass

@@ -108,7 +108,9 @@ def test_eval_of_an_adapter_repeats_the_metrics_of_its_run(trained, tmp_path, ca
     out = tmp_path / "eval"
     run("eval --limit 3 --adapter", trained / "adapter", "--out", out)
     results = json.loads((out / "eval.json").read_text())
-    assert results["run"] == json.loads((trained / "eval.json").read_text())["after"]
+    after = json.loads((trained / "eval.json").read_text())["after"]
+    assert {name: results["run"][name] for name in after} == after
+    assert results["run"]["protocol"] == "lisa" and after["giou"] == results["run"]["lisa_giou"]
     rows = [json.loads(line) for line in answers(out).splitlines()]
     assert len({row["id"] for row in rows}) == 3
     assert results["run"]["giou"] == pytest.approx(np.mean([row["iou"] for row in rows]))
@@ -565,7 +567,7 @@ def test_eval_on_reasonseg_with_an_official_size_sam(policy_folder, vit_b, tmp_p
     pytest.importorskip("cv2")
     make_reasonseg(tmp_path / "reasonseg")
     data = ["--data", f"reasonseg:{tmp_path / 'reasonseg'}/val", "--sam", f"vit_b:{vit_b}"]
-    run("eval --limit 1 --vlm", policy_folder, *data, "--out", tmp_path / "eval")
+    run("eval --protocol segzero --limit 1 --vlm", policy_folder, *data, "--out", tmp_path / "eval")
     rows = [json.loads(line) for line in answers(tmp_path / "eval").splitlines()]
     columns = {"id", "query", "answer", "box", "points", "intersection", "union", "iou"}
     assert rows and all(columns <= set(row) for row in rows)

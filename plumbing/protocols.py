@@ -1,0 +1,122 @@
+"""protocols.py - the two ways to count an evaluation, and the paper's figures beside them.
+
+The mask of an answer is the same under both. What is counted differs:
+
+    lisa     LISA's metric. Ignored pixels count neither in the intersection nor in the union. SAM
+             gets whatever part of an answer is valid. An image whose union is empty has IoU 1.
+    segzero  Seg-Zero's evaluation. Ignored pixels are target. An answer without a valid box and all
+             of its points has IoU 0. So has an image whose union is empty.
+
+Answers are greedy under both. ReasonSeg is the only set with ignored pixels.
+"""
+
+from pathlib import Path
+
+PROTOCOLS = {
+    "lisa": "ignored pixels are left out, an empty union has IoU 1",
+    "segzero": "ignored pixels are target, an unreadable answer has IoU 0",
+}
+# Prompts of `samr1_mini.evaluate_batch`, in this order: the policy's, the ceiling's, the box only.
+PREFIXES = ("", "ceiling_", "boxonly_")
+
+
+def protocols(s) -> tuple[str, ...]:
+    """The protocols that a run can be counted by, the one of its headline first.
+
+    Evaluation sets of the hub do not mark ignored pixels: only Seg-Zero's counting exists there.
+    `train` has no --protocol. It uses LISA's, as the reward does.
+    """
+    headline = getattr(s, "protocol", "lisa")
+    if hasattr(s, "protocol") and s.data.startswith("hub:"):
+        return ("segzero",)
+    return tuple(sorted(PROTOCOLS, key=lambda name: name != headline))
+
+
+def count_both(overlap, b: int, sample, readable: bool, s) -> dict:
+    """The counts of sample b, in pixels, as columns of answers.jsonl.
+
+    overlap:  reward.Overlap of B samples x 3 prompts, see `PREFIXES`.
+    readable: the answer has a valid box and all of its points.
+
+    Returns one dict with columns such as "ceiling_iou" for each of `protocols`, under its name, and
+    the columns of the headline once more, without a name. The prompt of the ceiling is made of the
+    target without ignored pixels, under both protocols.
+    """
+    target = sample.mask if sample.ignore is None else sample.mask | sample.ignore
+    found = {"lisa": {}, "segzero": {}}
+    for k, prefix in enumerate(PREFIXES):
+        tensors = (overlap.intersection, overlap.union, overlap.iou, *overlap.segzero)
+        intersection, union, iou, *wide = (x[b, k].item() for x in tensors)
+        if not readable and prefix != "ceiling_":
+            wide = [0.0, float(target.sum())]  # counted as an empty mask
+        counts = {"lisa": (intersection, union, iou)}
+        counts["segzero"] = (*wide, wide[0] / wide[1] if wide[1] else 0.0)
+        for name, values in counts.items():
+            columns = (prefix + column for column in ("intersection", "union", "iou"))
+            found[name] |= dict(zip(columns, values, strict=True))
+    chosen = protocols(s)
+    return {name: found[name] for name in chosen} | found[chosen[0]]
+
+
+def metrics_by_protocol(rows: list[dict], compute_metrics, trained: str, s) -> dict[str, dict]:
+    """The metrics of an evaluation for eval.json: of the policy, named `trained`, and the ceiling.
+
+    Both hold `samr1_mini.compute_metrics` of the headline, its name as "protocol", and gIoU and
+    cIoU by each of `protocols`, such as "segzero_giou".
+    """
+    results = {}
+    for title, prefix in ((trained, ""), ("ceiling", "ceiling_")):
+        results[title] = compute_metrics(rows, prefix) | {"protocol": protocols(s)[0]}
+        for name in protocols(s):
+            found = compute_metrics([row | row.get(name, {}) for row in rows], prefix)
+            results[title] |= {f"{name}_{metric}": found[metric] for metric in ("giou", "ciou")}
+    return results
+
+
+def print_protocols(metrics: dict, rows: list[dict], s) -> None:
+    """Print what a table of metrics counts, and the paper's figures if they are comparable.
+
+    metrics: of `metrics_by_protocol`. rows: of `samr1_mini.evaluate`.
+    """
+    for name in protocols(s):
+        figures = f"gIoU {metrics[f'{name}_giou']:.3f}, cIoU {metrics[f'{name}_ciou']:.3f}"
+        table = " (the table)" if name == metrics["protocol"] else ""
+        print(f"--protocol {name}{table}: {figures}; {PROTOCOLS[name]}")
+    if s.protocol not in protocols(s):
+        print(f"--protocol {s.protocol} needs marked ignored pixels, which hub: sets do not have")
+    if paper := paper_results(s.data):
+        ours = "SAM-R1 in the paper (7B, all weights, SAM2-Large)"
+        if metrics["protocol"] == "segzero":
+            print(f"{ours}, percent: {paper}; probably by this protocol, on the hub's set")
+        else:
+            print(f"{ours} was probably counted by --protocol segzero, so not printed here")
+    if skipped := len(rows) - metrics["n"]:
+        print(f"{skipped} samples could not be used and count in no metric")
+    if several := sum(row.get("objects", 1) > 1 for row in rows):
+        print(f"{several} answers list several objects, of which only the first counts")
+
+
+# What the paper reports, in percent. Policy: Qwen2.5-VL-7B, all weights trained. Segmenter:
+# SAM2-Large. It is printed beside our metrics and never mixed with them. Its rows for Seg-Zero
+# match what one of its authors measured with Seg-Zero's evaluation, so the protocol is probably
+# that one.
+PAPER = {
+    ("reasonseg", "val"): "gIoU 64.0, cIoU 55.8",
+    ("reasonseg", "test"): "gIoU 60.2, cIoU 54.3",
+    ("refcoco", "testA"): "cIoU 79.2",
+    ("refcoco+", "testA"): "cIoU 74.7",
+    ("refcocog", "test"): "gIoU 75.4, cIoU 73.1",
+}
+
+
+def paper_results(spec: str) -> str:
+    """The paper's metrics on the split that `--data` names, or "".
+
+    >>> paper_results("refcoco+:data/testA"), paper_results("hub:Ricky06662/refcocoplus_testA")
+    ('cIoU 74.7', 'cIoU 74.7')
+    """
+    name, _, path = spec.partition(":")
+    split = Path(path).name
+    if name == "hub":
+        name, _, split = split.replace("plus", "+").partition("_")
+    return PAPER.get((name.lower(), split), "")
