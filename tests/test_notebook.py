@@ -1,0 +1,82 @@
+"""examples/tour.ipynb: it is stored without outputs, and runs from top to bottom."""
+
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "tour.ipynb"
+SOLUTION = """
+def my_advantages(rewards, eps=1e-4):
+    centred = rewards - rewards[..., :1]
+    centred = centred - centred.mean(-1, keepdim=True)
+    return centred / (rewards.std(-1, keepdim=True) + eps)
+"""
+
+
+def outputs(cell, kind: str) -> list:
+    """What a cell has displayed in a format, such as "image/png" or "text/plain"."""
+    return [one["data"][kind] for one in cell.outputs if kind in one.get("data", {})]
+
+
+def printed(cell) -> str:
+    return "".join(one["text"] for one in cell.outputs if one.get("name") == "stdout")
+
+
+def test_the_notebook_is_stored_without_outputs():
+    assert NOTEBOOK.stat().st_size < 100_000
+    stored = json.loads(NOTEBOOK.read_text())
+    assert stored["metadata"]["kernelspec"]["name"] == "python3"
+    for cell in stored["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    import nbformat
+
+    for name, value in {"STEPS": 1, "SAMPLES": 4, "RUNS": tmp_path / "runs"}.items():
+        monkeypatch.setenv(f"TOUR_{name}", str(value))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = set(NOTEBOOK.parent.parent.rglob("*"))
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = {}  # code cells by their first line
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cells[cell.source.split("\n")[0]] = cell
+    # Two cells more: the kernel's interpreter, and a right solution of the exercise.
+    (check,) = (cell for cell in cells.values() if cell.source.startswith("def check"))
+    python = nbformat.v4.new_code_cell("print(sys.executable)")
+    right = nbformat.v4.new_code_cell(f"{SOLUTION}\ncheck(my_advantages)")
+    notebook.cells += [python, right]
+    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    assert printed(python).strip() == sys.executable
+    assert "Not yet" in printed(check) and printed(right).startswith("Right")
+
+    figures = {'mask_run = train("mask")': 1, 'box_run = train("box", "--accuracy", "box")': 2}
+    figures |= {'heldout = Shapes("heldout")': 2, 'settings = parse_settings("train", [])': 1}
+    figures |= {"def answer(policy, samples, starts=None):": 1}
+    figures |= {"case = next(one for one in thoughts.find_cases(20) if not one.shared)": 1}
+    for first_line, count in figures.items():
+        found = outputs(cells[first_line], "image/png")
+        assert len(found) == count, first_line
+        for picture in found:
+            pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
+            assert pixels.size > 9000 and pixels.std() > 10, first_line
+    edited = printed(cells["case = next(one for one in thoughts.find_cases(20) if not one.shared)"])
+    own, edited = edited.strip().split("\n")
+    assert own.startswith("own:") and "<think>" in edited and own.split(":", 1) != edited
+    for run in ("mask", "box"):
+        assert (tmp_path / "runs" / run / "adapter" / "adapter_model.safetensors").is_file()
+    after = {file for file in NOTEBOOK.parent.parent.rglob("*") if "__pycache__" not in file.parts}
+    assert after <= before
