@@ -18,6 +18,7 @@ import io
 import itertools
 import os
 import random
+import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,7 @@ from samr1_mini import load_policy
 # --------------------------------------------------------------------------------------------------
 
 SCENES = Shapes("heldout")
+FIRST = 2  # number of the scene that the page opens with: three shapes that stand apart
 LARGEST = 1024  # pixels, longest side of a picture; SAM scales pictures to this too
 LONGEST = 1000  # characters of a query or a thought
 
@@ -78,8 +80,12 @@ def drawn_scene(number: int) -> Scene:
 
 
 def uploaded_scene(file: str) -> Scene:
-    """A picture of the user's. Raises OSError or ValueError if it cannot be used."""
-    image = read_picture(file)
+    """A picture of the user's. Raises ValueError, with the file's name, if it cannot be used."""
+    try:
+        image = read_picture(file)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three
+        name = Path(file).name
+        raise ValueError(f"{name} cannot be used: {str(error).replace(file, name)}") from error
     image.thumbnail((LARGEST, LARGEST))
     return Scene(image, "", None, [])
 
@@ -169,7 +175,8 @@ def draw_answer(sample: Sample, known: bool, scores: Scores) -> Image.Image:
 
 def picture_html(image: Image.Image, meaning: str, kind: str = "PNG") -> str:
     """A picture within the page, so that the server keeps no file of it. kind: "PNG" or "JPEG"."""
-    return f'<img class="picture" src="{pictures.data_uri(image, kind)}" alt="{meaning}">'
+    name = "picture pixels" if max(image.size) <= pictures.PHOTOGRAPH else "picture"
+    return f'<img class="{name}" src="{pictures.data_uri(image, kind)}" alt="{meaning}">'
 
 
 def answer_html(text: str, start: str = "", waiting: bool = False) -> str:
@@ -190,7 +197,7 @@ def result_html(sample: Sample, known: bool, scores: Scores) -> str:
     note = ""
     if not known:
         values |= dict.fromkeys(("IoU", "accuracy", "reward"), "&ndash;")
-        note = "<p>The true mask is not known, so IoU and accuracy reward are not either.</p>"
+        note = "<p>Only a drawn scene with its own query has a true mask to compare with.</p>"
     head, cells = "".join(f"<th>{x}" for x in values), "".join(f"<td>{x}" for x in values.values())
     box = ", ".join(f"{v:.0f}" for v in prompt.box) if prompt.box else "none"
     points = ", ".join(f"({x:.0f}, {y:.0f})" for x, y in prompt.points) or "none"
@@ -206,10 +213,12 @@ def message_html(reason: object) -> str:
 
 HEADER = f"""<h1>SAM-R1 mini</h1><p>The policy reads the picture and the query. It thinks, then
 answers with a box and two points, and SAM turns these into a mask. <b>Change the thought</b> and
-let the policy go on from there: does the answer follow?</p><p class="legend"><span><i
-style="border-color:{pictures.TRUTH}"></i>true mask, if known</span><span><i
-style="border-color:{pictures.FOUND}"></i>SAM's mask</span><span><i
-style="border-color:white"></i>box and points</span></p>"""
+let the policy go on from there: does the answer follow?</p><p class="legend">
+<span><i style="border-color:{pictures.TRUTH}"></i>true mask, if known</span>
+<span><i style="border-color:{pictures.FOUND}"></i>SAM's mask</span>
+<span><i style="border-color:white"></i>box and points</span>
+<span><i style="border-color:#ffd48a; background:#ffd48a"></i>what you wrote in the answer</span>
+</p>"""
 UNTRAINED = """<p>This is the base model. To see a trained one beside it, train it (minutes on a
 laptop), then start the page with its adapter:</p>
 <pre>python samr1_mini.py train
@@ -227,7 +236,8 @@ h2 { font-size: 1.1rem !important; margin: 0 !important; }
 .legend i { display: inline-block; width: 18px; height: 12px; margin-right: 6px; border: 3px solid;
   outline: 1px solid #555; vertical-align: -1px; }
 .picture { display: block; margin: 0 auto !important; max-height: 420px; width: 100%;
-  object-fit: contain; image-rendering: pixelated; }
+  object-fit: contain; }
+.pixels { image-rendering: pixelated; } @media (width < 640px) { .picture { max-height: 300px; } }
 .answer { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   min-height: 7.2em; padding: 6px 10px; border: 1px solid var(--border-color-primary);
   border-radius: 8px; background: var(--background-fill-secondary); }
@@ -295,7 +305,7 @@ def add_parts(gr, scene: Scene, trained: bool) -> Parts:
         gr.Markdown("## Picture and query")
         picture = gr.HTML(picture_html(scene.image, "the picture"))
         with gr.Row():
-            number = gr.Number(0, label="Scene number", precision=0, min_width=100)
+            number = gr.Number(FIRST, label="Scene number", precision=0, min_width=100)
             with gr.Column(min_width=140):
                 another = gr.Button("Another scene", size="md")
                 upload = gr.UploadButton("Upload a picture", size="md")
@@ -308,7 +318,7 @@ def add_parts(gr, scene: Scene, trained: bool) -> Parts:
 
 def build_page(gr, asker: Asker):
     """The page as gradio.Blocks. Each tab of a browser has its own scene; they share the models."""
-    first = drawn_scene(0)
+    first = drawn_scene(FIRST)
     with gr.Blocks(title="SAM-R1 mini", analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.HTML(HEADER, elem_id="header")
         with gr.Row():
@@ -337,7 +347,7 @@ def resume(asker: Asker, column: Column, scene: Scene, query: str, thought: str)
         start = f"<think>{check_text(thought, 'thought')}</think>"
         sample, known = scene.sample(query)
     except ValueError as error:
-        yield {column.answer: message_html(error)}
+        yield {column.answer: message_html(error), column.result: ""}
         return
     yield from respond(asker, [column], sample, known, start)
 
@@ -398,17 +408,19 @@ def connect_scenes(gr, parts: Parts, columns: list[Column], running: list) -> No
     def upload(file: str) -> dict:
         try:
             return show(uploaded_scene(file), None)
-        except (OSError, ValueError, SyntaxError) as error:
-            reason = str(error).replace(file, Path(file).name)
-            return {parts.message: message_html(f"{Path(file).name} cannot be used: {reason}")}
+        except ValueError as error:
+            return {parts.message: message_html(error)}
 
     outputs = [parts.scene, parts.number, parts.query, parts.picture, parts.message]
     for column in columns:
         outputs += [column.answer, column.result, column.thought, column.others]
-    options = {"cancels": running, **QUIET}
-    parts.number.submit(draw, parts.number, outputs, **options)
-    parts.another.click(lambda: draw(random.randrange(len(SCENES))), None, outputs, **options)
-    parts.upload.upload(upload, parts.upload, outputs, **options)
+    changes = (
+        (parts.number.submit, draw, parts.number),
+        (parts.another.click, lambda: draw(random.randrange(len(SCENES))), None),
+        (parts.upload.upload, upload, parts.upload),
+    )
+    for start, handler, inputs in changes:  # first stop: the last token must not come after
+        start(None, cancels=running).then(handler, inputs, outputs, **QUIET)
 
 
 def load_gradio():
@@ -424,22 +436,31 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     s = parse(DemoSettings, argv, "python -m tools.demo", about, PRESET_VALUES, set(), problem)
     gr = load_gradio()
+    with exit_on_error(f"--host {s.host} --port {s.port}"):  # before the models are loaded
+        try:
+            socket.create_server((s.host, s.port)).close()
+        except OSError as error:
+            raise OSError(f"{error}: choose another port, or leave both out") from error
     page = build_page(gr, Asker(s))
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    with exit_on_error(f"--host {s.host} --port {s.port}"):
-        _, address, _ = page.launch(
-            server_name=s.host,
-            server_port=s.port,
-            theme=gr.themes.Default(**fonts),  # Gradio's own fonts come from a server
-            css=STYLE,
-            footer_links=[],
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    print(f"open {address} in a browser; Ctrl-C ends the page", flush=True)
+    print(f"open {serve(gr, page, s.host, s.port)} in a browser; Ctrl-C ends the page", flush=True)
     page.block_thread()
+
+
+def serve(gr, page, host: str, port: int) -> str:
+    """Start the server in a thread of its own. Returns the page's address."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        theme=gr.themes.Default(**fonts),  # the default's fonts come from a server
+        css=STYLE,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return address
 
 
 if __name__ == "__main__":
