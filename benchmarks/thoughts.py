@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from torch.nn.utils.rnn import pad_sequence
 
 import samr1_mini
 from benchmarks.sweep import ROOT, exit_with
@@ -33,8 +32,8 @@ from data import Sample, Shapes, Thing
 from plumbing import pictures
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
-from plumbing.scenes import points_inside
-from plumbing.vlm import Policy, Prompts, load_vlm
+from plumbing.scenes import points_inside, taught_thought
+from plumbing.vlm import Policy, load_vlm
 from reward import Answer, SamPrompt, SamScorer, box_ious, intersection_and_union
 from reward import parse_answer, sam_prompt
 
@@ -91,36 +90,14 @@ def find_cases(count: int) -> list[Case]:
 
 def thought(thing: Thing, size: tuple[int, int]) -> str:
     """What the policy was taught to think about a thing in an image of `size` (W, H)."""
-    (x, y), (width, height) = thing.centre, size
-    column = ("left", "middle", "right")[min(2, int(3 * x / width))]
-    row = ("top", "middle", "bottom")[min(2, int(3 * y / height))]
-    return f"<think>the {thing.colour} {thing.kind} is at the {row} {column}</think>"
-
-
-def append_tokens(prompts: Prompts, tokens: list[list[int]]) -> Prompts:
-    """B prompts, each followed by tokens that count as the start of its completion.
-
-    Their positions continue after the prompt's largest one, as those of sampled tokens do.
-    """
-    ids, positions = [], []
-    for b, more in enumerate(tokens):
-        keep = prompts.mask[b]
-        before = prompts.positions[:, b, keep]  # (3, P)
-        after = before.max() + 1 + torch.arange(len(more))
-        ids.append(torch.cat([prompts.ids[b, keep], torch.tensor(more, dtype=torch.int64)]))
-        positions.append(torch.cat([before, after.expand(3, -1)], 1).T)
-    left = {"batch_first": True, "padding_side": "left"}
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], **left)
-    positions = pad_sequence(positions, **left).permute(2, 0, 1)
-    return Prompts(pad_sequence(ids, **left), mask, positions, prompts.vision)
+    return f"<think>{taught_thought(thing, size)}</think>"
 
 
 def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> list[str]:
     """Greedy completions that begin with the given texts, one for each sample."""
-    tokens = policy.processor.tokenizer(starts, add_special_tokens=False)["input_ids"]
     texts = []
     for rows in samr1_mini.slices(0, len(samples), s.rollout_prompts):
-        prompts = append_tokens(policy.read(samples[rows]), tokens[rows])
+        prompts = policy.read(samples[rows], starts[rows])
         completions = samr1_mini.sample_completions(policy, prompts, s, greedy=True)
         texts += [group[0] for group in policy.texts(completions)]
     return [start + text for start, text in zip(starts, texts, strict=True)]

@@ -267,17 +267,22 @@ def check_shape(image: Image.Image) -> None:
 
 
 def check_query(query: object) -> str:
-    """A query without white space around it. Raises ValueError if the policy cannot be asked it.
-
-    A special token such as <|image_pad|> in it would be read as one, and asks for an image that is
-    not there.
-    """
+    """A query without white space around it. Raises ValueError if the policy cannot be asked it."""
     if not isinstance(query, str) or not query.strip():
         raise ValueError("the query is not a text, or it is empty")
-    controls = [c for c in "".join(query.split()) if unicodedata.category(c) in ("Cc", "Cs")]
-    if controls or re.search(r"<\|.*\|>", query, re.DOTALL):
-        raise ValueError(f"the query holds a special token or a control character: {query!a:.99}")
+    check_plain(query, "query")
     return query.strip()
+
+
+def check_plain(text: str, name: str) -> None:
+    """Raise ValueError, with the text's name, if it holds a special token or a control character.
+
+    A special token such as <|image_pad|> would be read as one, and asks for an image that is not
+    there.
+    """
+    controls = [c for c in "".join(text.split()) if unicodedata.category(c) in ("Cc", "Cs")]
+    if controls or re.search(r"<\|.*\|>", text, re.DOTALL):
+        raise ValueError(f"the {name} holds a special token or a control character: {text!a:.99}")
 
 
 def reason_of(error: Exception) -> str:

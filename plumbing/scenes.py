@@ -141,6 +141,14 @@ def add_positions(things, axis: int, side: int, words: tuple[str, ...], family, 
             add("relation", f"the shape {relation} the {colour} {kind}", end)
 
 
+def taught_thought(thing, size: tuple[int, int]) -> str:
+    """What the tiny model was taught to think about a thing in an image of `size` (W, H)."""
+    (x, y), (width, height) = thing.centre, size
+    column = ("left", "middle", "right")[min(2, int(3 * x / width))]
+    row = ("top", "middle", "bottom")[min(2, int(3 * y / height))]
+    return f"the {thing.colour} {thing.kind} is at the {row} {column}"
+
+
 def interior_points(mask: np.ndarray) -> tuple[tuple[float, float], ...]:
     """Two good points of a mask, far from its edges: one in its upper and one in its lower half.
 

@@ -1,4 +1,4 @@
-"""settings.py - every setting of the three commands, with its meaning and its source.
+"""settings.py - every setting of the commands, with its meaning and its source.
 
 The defaults are those of the embedded models. A preset changes some of them, and a flag on the
 command line wins over both. "Paper" is what SAM-R1 used, *Assumed* marks what it leaves open. What
@@ -138,6 +138,14 @@ class SegmentFlags:
 
 
 @dataclass
+class DemoFlags:
+    _argument_group_name = "page"
+    adapter: str = setting("none", "folder of a trained adapter, or none for the base model alone")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines ask too")
+    port: int = setting(7860, "port to listen on")
+
+
+@dataclass
 class Settings(Models, Data, Rollouts, Objective):
     """Settings of `train`."""
 
@@ -150,6 +158,11 @@ class EvalSettings(Models, Data, EvalFlags):
 @dataclass
 class SegmentSettings(Models, SegmentFlags):
     """Settings of `segment`."""
+
+
+@dataclass
+class DemoSettings(Models, DemoFlags):
+    """Settings of `python -m tools.demo`."""
 
 
 VIT_B = "vit_b:sam_vit_b_01ec64.pth"
@@ -175,7 +188,7 @@ MAY_CHANGE = set(
 AT_LEAST = {
     0: "seed data_seed eps_low eps_high beta steps limit save_memory",
     1: """side max_new_tokens rollout_prompts train_samples prompts_per_step epochs minibatches
-        lora_rank eval_samples save_every""",
+        lora_rank eval_samples save_every port""",
     2: "group_size",  # the advantage compares the completions of a group
 }
 ABOVE = {0: "temperature top_p lr"}
@@ -184,6 +197,7 @@ AT_MOST = {
     3: "save_memory",
     1024: "lora_rank",
     4096: "side max_new_tokens",
+    65535: "port",
     2**63 - 1: "seed data_seed",
 }
 CLASSES = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import Sample, messages
@@ -71,6 +72,24 @@ def encode_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> P
     return Prompts(inputs["input_ids"], inputs["attention_mask"].bool(), positions, vision)
 
 
+def append_tokens(prompts: Prompts, tokens: list[list[int]]) -> Prompts:
+    """B prompts, each followed by tokens that count as the start of its completion.
+
+    Their positions continue after the prompt's largest one, as those of sampled tokens do.
+    """
+    ids, positions = [], []
+    for b, more in enumerate(tokens):
+        keep = prompts.mask[b]
+        before = prompts.positions[:, b, keep]  # (3, P)
+        after = before.max() + 1 + torch.arange(len(more))
+        ids.append(torch.cat([prompts.ids[b, keep], torch.tensor(more, dtype=torch.int64)]))
+        positions.append(torch.cat([before, after.expand(3, -1)], 1).T)
+    left = {"batch_first": True, "padding_side": "left"}
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], **left)
+    positions = pad_sequence(positions, **left).permute(2, 0, 1)
+    return Prompts(pad_sequence(ids, **left), mask, positions, prompts.vision)
+
+
 def record_graph(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
     """Record `forward` as a CUDA graph, and return a function that replays it, or None on failure.
 
@@ -121,8 +140,12 @@ class Policy:
         """The number it writes for the far edge of the image, see `reward.sam_prompt`."""
         return self.side if self.coordinates == "pixels" else 1000
 
-    def read(self, samples: list[Sample]) -> Prompts:
-        """Tokenise the queries and encode the images, resized without keeping the aspect ratio."""
+    def read(self, samples: list[Sample], starts: list[str] | None = None) -> Prompts:
+        """Tokenise the queries and encode the images, resized without keeping the aspect ratio.
+
+        starts: texts with which the completions begin; the policy continues after them. A thinking
+                model's <think> may be part of them: it stands in the prompt once.
+        """
         chats = [messages(one.query, self.prompt, self.coordinates, self.side) for one in samples]
         images = [one.image.resize((self.side, self.side)) for one in samples]
         texts = self.processor.apply_chat_template(
@@ -131,7 +154,12 @@ class Policy:
         inputs = self.processor(
             text=texts, images=images, return_tensors="pt", padding=True, padding_side="left"
         )
-        return encode_prompts(self.model, inputs)
+        prompts = encode_prompts(self.model, inputs)
+        if starts is None:
+            return prompts
+        starts = [start.removeprefix(self.opening) for start in starts]
+        tokens = self.processor.tokenizer(starts, add_special_tokens=False)["input_ids"]
+        return append_tokens(prompts, tokens)
 
     def texts(self, completions) -> list[list[str]]:
         """Completions (B, G, T) as B lists of G texts, without their end-of-text tokens.

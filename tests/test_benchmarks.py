@@ -19,7 +19,7 @@ from benchmarks import ablations, mask_or_box, sweep, thoughts
 from data import Shapes
 from grpo import Completions, group_logprobs
 from plumbing.scenes import interior_points
-from plumbing.vlm import load_vlm
+from plumbing.vlm import Prompts, append_tokens, load_vlm
 from tiny.make_vlm import write_answer
 
 SWEEPS = {"ablations": ablations, "mask_or_box": mask_or_box}
@@ -171,7 +171,7 @@ def test_forced_tokens_are_computed_like_sampled_ones(policy, own):
     """A token's log-prob after a forced thought is that of a forward pass over the completion."""
     _, prompts, completions, starts = own
     full, _ = group_logprobs(policy.model, prompts, completions, policy.banned)
-    forced = thoughts.append_tokens(prompts, starts)
+    forced = append_tokens(prompts, starts)
     for b, start in enumerate(starts):
         rest = (x[b : b + 1, :, len(start) :] for x in (completions.ids, completions.mask))
         prompt, answer = forced[b : b + 1], Completions(*rest)
@@ -183,12 +183,12 @@ def test_appended_tokens():
     """Two prompts, one of them padded. Two tokens and one continue after the largest position."""
     ids = torch.tensor([[0, 7, 8], [4, 5, 6]])
     positions = torch.tensor([[[1, 0, 3], [0, 1, 2]]] * 3)
-    prompts = thoughts.Prompts(ids, ids > 0, positions, "vision")
-    found = thoughts.append_tokens(prompts, [[9, 9], [9]])
+    prompts = Prompts(ids, ids > 0, positions, "vision")
+    found = append_tokens(prompts, [[9, 9], [9]])
     assert found.ids.tolist() == [[7, 8, 9, 9], [4, 5, 6, 9]]
     assert found.mask.all() and found.vision == "vision"
     assert found.positions[2].tolist() == [[0, 3, 4, 5], [0, 1, 2, 3]]
-    found = thoughts.append_tokens(prompts, [[], [9]])
+    found = append_tokens(prompts, [[], [9]])
     assert found.mask.tolist() == [[False, False, True, True], [True] * 4]
     assert found.ids[0, 2:].tolist() == [7, 8] and found.positions[0, 0, 2:].tolist() == [0, 3]
 

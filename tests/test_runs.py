@@ -341,7 +341,7 @@ def test_every_number_has_a_lower_bound_and_every_setting_a_help_text():
     tables = (settings.AT_LEAST, settings.ABOVE, settings.AT_MOST)
     bounded = [{name for text in table.values() for name in text.split()} for table in tables]
     seen = set()
-    for cls, _ in settings.CLASSES.values():
+    for cls in (*(cls for cls, _ in settings.CLASSES.values()), settings.DemoSettings):
         for field in dataclasses.fields(cls):
             seen.add(field.name)
             assert field.metadata["help"]
