@@ -111,7 +111,7 @@ def test_every_file_exists():
 
 
 def test_every_setting_exists():
-    elsewhere = {"hidden", "seeds", "jobs", "exercises", "limit", "table", "help"}
+    elsewhere = {"hidden", "seeds", "jobs", "exercises", "limit", "table", "help", "protocol"}
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z_-]*)", TEXT)}
     assert flags - elsewhere <= set(samr1_mini.Settings.__dataclass_fields__)
 
