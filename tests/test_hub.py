@@ -110,6 +110,7 @@ BROKEN = {
     "no bytes": {"image": {"bytes": None, "path": "x.jpg"}},
     "image of another kind": {"image": {"bytes": b"GIF89a" + bytes(99), "path": ""}},
     "cut image": {"image": {"bytes": masked_rows()[0]["image"]["bytes"][:400], "path": ""}},
+    "image of another size": {"image": {"bytes": jpeg(picture(41, 30, 0)), "path": ""}},
     "thin image": {"image": {"bytes": jpeg(picture(900, 2, 0)), "path": ""}},
     "no query": {"text": None},
     "empty query": {"text": "  "},

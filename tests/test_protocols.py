@@ -297,3 +297,31 @@ def test_eval_with_visionreasoners_prompt_counts_longer_lists(tmp_path, monkeypa
             [width / 64, 2 * height / 64, row["box"][2], row["box"][3]]
         )
         assert row["format"] and row["objects"] == 2 and row["points_inside"] in (0, 1)
+
+
+def test_segment_reads_the_form_that_it_asked_for(tmp_path, monkeypatch, capsys):
+    body = f"<think>t</think><answer>[{ONE}]</answer>"
+    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda self, completions: [[body]])
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    flags = ["--prompt", "visionreasoner", "--max_new_tokens", "2", "--query", "it"]
+    files = ["--image", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png")]
+    samr1_mini.main(["segment", *flags, *files])
+    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert printed["bbox"] == [1, 2, 30, 40] and printed["points"] == [[5, 6]]
+
+
+@pytest.mark.slow
+def test_train_rewards_the_form_that_it_asked_for(tmp_path, monkeypatch):
+    body = f"<think>t</think><answer>[{ONE}]</answer>"
+
+    def texts(self, completions):
+        return [[body] * completions.ids.shape[1]] * completions.ids.shape[0]
+
+    monkeypatch.setattr(samr1_mini.Policy, "texts", texts)
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1 --max_new_tokens 2"
+    out = tmp_path / "run"
+    samr1_mini.main(["train", *quick.split(), "--prompt", "visionreasoner", "--out", str(out)])
+    assert json.loads((out / "metrics.jsonl").read_text())["answer_format"] == 1
+    rollouts = json.loads((out / "rollouts" / "step_00001.json").read_text())
+    samples = rollouts["train"] + rollouts["heldout"]
+    assert samples and all(answer["box"] for one in samples for answer in one["completions"])

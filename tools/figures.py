@@ -9,7 +9,9 @@
 
 RUN is the folder of a finished run, such as runs/shapes-tiny-0. The figure is written to
 assets/NAME.png, or to --out FILE. benchmarks/ablations.py draws assets/ablations.png, and
-benchmarks/failures.py draws assets/failures.png.
+benchmarks/failures.py draws assets/failures.png. assets/demo.png is a screenshot, 1280 pixels wide:
+start tools.demo with --adapter RUN/adapter, press Ask, and let the trained model go on from the
+thought about the triangle.
 """
 
 import argparse
