@@ -66,16 +66,17 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     figures = {'mask_run = train("mask")': 1, 'box_run = train("box", "--accuracy", "box")': 2}
     figures |= {'heldout = Shapes("heldout")': 2, 'settings = parse_settings("train", [])': 1}
     figures |= {"def answer(policy, samples, starts=None):": 1}
-    figures |= {"case = next(one for one in thoughts.find_cases(20) if not one.shared)": 1}
+    edit = "case = next(one for one in thoughts.find_cases(20) if not one.shared)"
+    figures |= {edit: 1}
     for first_line, count in figures.items():
         found = outputs(cells[first_line], "image/png")
         assert len(found) == count, first_line
         for picture in found:
             pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
             assert pixels.size > 9000 and pixels.std() > 10, first_line
-    edited = printed(cells["case = next(one for one in thoughts.find_cases(20) if not one.shared)"])
-    own, edited = edited.strip().split("\n")
-    assert own.startswith("own:") and "<think>" in edited and own.split(":", 1) != edited
+    lines = printed(cells[edit]).strip().split("\n")
+    own, edited = (line.partition(":")[2].strip() for line in lines)
+    assert edited.startswith("<think>") and edited != own
     for run in ("mask", "box"):
         assert (tmp_path / "runs" / run / "adapter" / "adapter_model.safetensors").is_file()
     after = {file for file in NOTEBOOK.parent.parent.rglob("*") if "__pycache__" not in file.parts}
