@@ -44,6 +44,7 @@ COLUMNS = {
 }
 SCENES = 6  # in the figure: the first held-out scenes on which the mask IoU of the two policies
 DIFFERENCE = 0.3  # differs by more than this, in either direction
+SEARCHED = 96  # held-out scenes
 
 
 def print_table(rows: dict[str, list[dict]]) -> None:
@@ -74,7 +75,7 @@ def answers(run: Path, count: int):
 
 def draw_scenes(figure, rows: dict[str, list[dict]]) -> None:
     """The same scenes after training with the mask reward (above) and with the box reward."""
-    pairs = {name: answers(rows[name][0]["run"], 96) for name in ("box", "mask")}
+    pairs = {name: answers(rows[name][0]["run"], SEARCHED) for name in ("box", "mask")}
     ious = {name: scores.iou[:, 0] for name, (_, scores) in pairs.items()}
     differ = ((ious["mask"] - ious["box"]).abs() > DIFFERENCE).nonzero()[:, 0].tolist()
     grid = figure.subplots(2, SCENES, squeeze=False)

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 import samr1_mini
-from benchmarks import ablations, failures, mask_or_box
+from benchmarks import ablations, failures, mask_or_box, sweep
 from benchmarks.sweep import run_folder
 from data import Shapes
+from plumbing import runs as runs_module
 
 ROOT = Path(samr1_mini.__file__).parent
 TEXT = (ROOT / "TUTORIAL.md").read_text()
@@ -196,8 +197,17 @@ def test_the_sweep_of_rewards_trains_what_is_missing(folder, tmp_path, monkeypat
     *finished, missing = runs.values()
     for one in finished:
         shutil.copytree(folder / RUN, one)
-    sweep = f"python -m benchmarks.mask_or_box --seeds 0 --jobs 1 --out {out} --figure {figure}"
-    run(monkeypatch, folder, f"{sweep} --steps 2 --eval_samples 2")
+    argv = f"mask_or_box --seeds 0 --jobs 1 --out {out} --figure {figure}".split()
+    monkeypatch.setattr(sys, "argv", [*argv, *"--steps 2 --eval_samples 2".split()])
+    monkeypatch.setattr(mask_or_box, "SEARCHED", 12)
+
+    def train(one, flags):  # the other sweep really trains
+        s = samr1_mini.parse_settings("train", [*flags, "--out", str(one)])
+        shutil.copytree(folder / RUN, one)
+        runs_module.save_settings(one, s)
+
+    monkeypatch.setattr(sweep, "train", train)
+    mask_or_box.main()
     assert json.loads((missing / "config.json").read_text())["accuracy"] == "segzero_mask"
     printed = capsys.readouterr().out
     after = json.loads((folder / RUN / "eval.json").read_text())["after"]
@@ -207,7 +217,8 @@ def test_the_sweep_of_rewards_trains_what_is_missing(folder, tmp_path, monkeypat
     assert "not run" not in printed and Image.open(figure).width > 500
     figure.unlink()
     shutil.rmtree(missing)
-    run(monkeypatch, folder, f"{sweep} --table")
+    monkeypatch.setattr(sys, "argv", [*argv, "--table"])
+    mask_or_box.main()
     assert not missing.exists() and Image.open(figure).width > 500
     assert capsys.readouterr().out.count("not run") == 1
 
