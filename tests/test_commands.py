@@ -609,7 +609,7 @@ def test_bad_official_checkpoints_get_one_line(vit_b, tmp_path, capsys):
 
 def test_ci_runs_the_test_command_of_the_readme():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
-    command = next(line.strip() for line in readme.splitlines() if "-m pytest -q tests" in line)
+    command = next(line.strip() for line in readme.splitlines() if "-m pytest -q -n 2 tests" in line)
     assert command in ci
 
 
