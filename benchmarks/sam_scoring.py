@@ -163,10 +163,11 @@ class Sam2Predictor:
 
     @torch.no_grad()
     def set_image(self, image: np.ndarray) -> None:
+        image = Image.fromarray(image)
         pixels = self.processor(images=image, return_tensors="pt").pixel_values
         self.features = self.model.get_image_embeddings(pixels.to(self.model.device))
         self.features = [level.float() for level in self.features]
-        self.original_size = image.shape[:2]
+        self.original_size = (image.height, image.width)
 
     @torch.no_grad()
     def predict(self, points, labels, box, multimask_output: bool):
