@@ -51,8 +51,8 @@ B, G = 8, 8
 SIZES = ((640, 480), (480, 640), (500, 375), (333, 500), (640, 640), (640, 427), (427, 640))
 SIZES += ((375, 500),)
 # Images that the predictor encodes itself at true size on a CPU, half of them before our batch of 8
-# and half after it. A call takes many seconds, and the encoder's input is always 1024 x 1024, so four
-# calls are enough. The predictor gets our embeddings of the other images.
+# and half after it. A call takes many seconds, and the encoder always sees 1024 x 1024 pixels, so
+# four calls are enough. The predictor gets our embeddings of the other images.
 ENCODED = 4
 PHASES = ("encoder", "decoder", "masks")
 
@@ -163,10 +163,11 @@ class Sam2Predictor:
 
     @torch.no_grad()
     def set_image(self, image: np.ndarray) -> None:
+        image = Image.fromarray(image)
         pixels = self.processor(images=image, return_tensors="pt").pixel_values
         self.features = self.model.get_image_embeddings(pixels.to(self.model.device))
         self.features = [level.float() for level in self.features]
-        self.original_size = image.shape[:2]
+        self.original_size = (image.height, image.width)
 
     @torch.no_grad()
     def predict(self, points, labels, box, multimask_output: bool):

@@ -59,22 +59,19 @@ def parts():
 
 
 def save(model, folder):
-    """Give a model large random weights, and save it with its processor.
+    """Give a model random weights that make its masks depend on the prompts, and save it.
 
-    As it is built, all logits are near 0. The last biases make each of the three masks the best
-    one of some prompts.
+    As it is built, all logits are near 0.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(std=0.3, generator=generator)
-        if isinstance(model, Sam2Model):
-            pixels = torch.randn(4, 3, 6, 6, generator=generator)
-            pixels = torch.nn.functional.interpolate(pixels, (SIDE, SIDE), mode="bicubic")
-            boxes = torch.rand(4, 8, 4, generator=generator) * SIDE
-            ratings = model(pixel_values=pixels, input_boxes=boxes).iou_scores  # (4, 8, 3)
-            last = model.mask_decoder.iou_prediction_head.proj_out.bias
-            last[1:] -= ratings.logit().mean((0, 1))
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                embedding = "embed" in name or "token" in name
+                std = 1.0 if embedding else weight[0].numel() ** -0.5
+                weight.normal_(std=std, generator=generator)
     sizes = dict(size=dict(height=SIDE, width=SIDE), mask_size=dict(height=32, width=32))
     model.save_pretrained(folder)
     Sam2Processor(Sam2ImageProcessor(**sizes)).save_pretrained(folder)
@@ -153,21 +150,22 @@ def predict(model, processor, image, prompt):
 def test_masks_equal_those_of_the_models_own_processor(folder, scorer2, photos, mixed):
     model, processor = Sam2Model.from_pretrained(folder), Sam2Processor.from_pretrained(folder)
     overlap = scorer2.score(photos, mixed, keep_masks=True)
-    chosen, areas = set(), []
+    chosen = set()
     for b, sample in enumerate(photos):
         for g, prompt in enumerate(mixed[b][:-1]):
             logits, ratings = predict(model, processor, sample.image, prompt)
             best = ratings.argmax()
             mask = overlap.masks[b][g]
             assert mask.shape == sample.mask.shape
-            clear = logits[best].abs() > 1e-4  # closer to 0, rounding decides
-            assert clear.float().mean() > 0.99
+            clear = logits[best].abs() > 1e-5  # closer to 0, rounding decides
+            assert clear.float().mean() > 0.9
             assert torch.equal(mask[clear], logits[best][clear] > 0), (b, prompt)
             others = [not torch.equal(mask, logits[k] > 0) for k in range(3) if k != best]
             assert all(others), "the three masks differ, so the choice shows"
             chosen.add(int(best))
-            areas.append(mask.float().mean().item())
-    assert len(chosen) > 1 and np.std(areas) > 0.05, "the masks depend on the prompts"
+        distances = (overlap.masks[b][:-1, None] != overlap.masks[b][:-1]).float().mean((2, 3))
+        assert ((distances > 0.001) | torch.eye(6, dtype=torch.bool)).all(), "each prompt counts"
+    assert len(chosen) > 1, chosen
 
 
 def test_the_choice_follows_the_models_own_score(sam2, photos, mixed, scorer2):
