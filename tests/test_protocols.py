@@ -285,18 +285,21 @@ def test_other_styles_do_not_read_a_list_nor_its_keys(scorer, samples):
 
 
 def test_eval_with_visionreasoners_prompt_counts_longer_lists(tmp_path, monkeypatch, capsys):
-    body = f"<think>t</think><answer>[{ONE}, {OTHER}]</answer>"
-    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda self, completions: [[body]] * 2)
+    """The point of the first object lies on the target of its scene."""
+    texts, scenes = [], load_data("shapes", "heldout")
+    for one in (scenes[0], scenes[1]):
+        (y, x), (height, width) = np.argwhere(one.mask)[0] + 0.5, one.mask.shape
+        first = {"bbox_2d": [1, 2, 30, 40], "point_2d": [x * 64 / width, y * 64 / height]}
+        texts.append([f"<think>t</think><answer>[{json.dumps(first)}, {OTHER}]</answer>"])
+    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda self, completions: texts)
     flags = ["--prompt", "visionreasoner", "--limit", "2", "--max_new_tokens", "4"]
     samr1_mini.main(["eval", "--out", str(tmp_path / "eval"), *flags])
     assert "2 answers list several objects" in capsys.readouterr().out
     lines = (tmp_path / "eval" / "answers.jsonl").read_text().splitlines()
-    for row in map(json.loads, lines):
-        width, height = (row["box"][2] * 64 / 30, row["box"][3] * 64 / 40)  # of the image
-        assert row["box"] == pytest.approx(
-            [width / 64, 2 * height / 64, row["box"][2], row["box"][3]]
-        )
-        assert row["format"] and row["objects"] == 2 and row["points_inside"] in (0, 1)
+    for one, row in zip((scenes[0], scenes[1]), map(json.loads, lines), strict=True):
+        scale = np.array(one.image.size * 2) / 64
+        assert row["box"] == pytest.approx(list(scale * (1, 2, 30, 40)))
+        assert row["format"] and row["objects"] == 2 and row["points_inside"] == 1
 
 
 def test_segment_reads_the_form_that_it_asked_for(tmp_path, monkeypatch, capsys):
