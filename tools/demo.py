@@ -452,7 +452,7 @@ def serve(gr, page, host: str, port: int) -> str:
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
-        theme=gr.themes.Default(**fonts),  # the default's fonts come from a server
+        theme=gr.themes.Default(**fonts),  # in Gradio's own bold font, letters are missing
         css=STYLE,
         footer_links=[],
         share=False,
