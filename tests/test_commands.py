@@ -25,7 +25,7 @@ import reward
 import samr1_mini
 from data import BadSample, Sample, Shapes
 from plumbing import runs
-from plumbing.sam import load_sam
+from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.scenes import interior_points
 from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt
@@ -563,10 +563,15 @@ def test_eval_reports_skipped_samples(refcocog, policy_folder, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_eval_on_reasonseg_with_an_official_size_sam(policy_folder, vit_b, tmp_path, capsys):
+def test_eval_on_reasonseg_with_an_official_size_sam(policy_folder, tmp_path, capsys, monkeypatch):
+    """ViT-B with two of its twelve layers: without and with global attention."""
     pytest.importorskip("cv2")
     make_reasonseg(tmp_path / "reasonseg")
-    data = ["--data", f"reasonseg:{tmp_path / 'reasonseg'}/val", "--sam", f"vit_b:{vit_b}"]
+    size = dict(SAM_SIZES["vit_b"], depth=2, global_blocks=(1,))
+    monkeypatch.setitem(SAM_SIZES, "vit_b", size)
+    torch.save(build_sam(**size).state_dict(), tmp_path / "vit_b.pth")
+    data = ["--data", f"reasonseg:{tmp_path / 'reasonseg'}/val"]
+    data += ["--sam", f"vit_b:{tmp_path / 'vit_b.pth'}"]
     run("eval --protocol segzero --limit 1 --vlm", policy_folder, *data, "--out", tmp_path / "eval")
     rows = [json.loads(line) for line in answers(tmp_path / "eval").splitlines()]
     columns = {"id", "query", "answer", "box", "points", "intersection", "union", "iou"}

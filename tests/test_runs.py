@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import typing
 import warnings
@@ -16,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import samr1_mini
 from data import BadSample, Shapes
 from grpo import Completions
 from plumbing import command_line, runs, settings
 from plumbing.settings import parse_settings
+from tools import merge
 
 ROOT = Path(runs.__file__).parent.parent
 
@@ -198,28 +199,49 @@ def test_a_lock_ends_without_a_warning(tmp_path):
     open_run(tmp_path, resume=True)
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from plumbing import runs
-runs.open_run(Path(sys.argv[1]), "train", sys.argv[2] == "resume", False, [])
-print("open", flush=True)
-sys.stdin.read()
-"""
+def in_another_process(function, *args) -> int:
+    """Start a copy of this process that only calls a function. Returns the number of the process.
+
+    A new process would import the libraries first, which takes longer than these tests.
+    """
+    if number := os.fork():
+        return number
+    code = 1
+    try:
+        function(*args)
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 @contextlib.contextmanager
-def held_by_another_process(out, how="new"):
-    """A process that has opened a run's folder, and ends with this block."""
-    command = [sys.executable, "-c", HOLD, str(out), how]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
-        assert process.stdout.readline() == "open\n"
-        yield process
-        process.kill()
+def held_by_another_process(out, resume=False):
+    """A process that has opened a run's folder. It is killed at the end of this block."""
+    read, write = os.pipe()
+
+    def hold():
+        open_run(out, resume=resume)
+        os.write(write, b"open")
+        signal.pause()
+
+    process = in_another_process(hold)
+    os.close(write)  # else the next line would wait for a process that has failed
+    try:
+        assert os.read(read, 4) == b"open"
+        yield
+    finally:
+        os.close(read)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(runs.fcntl is None, reason="this system has no locks of files")
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     out = tmp_path / "run"
@@ -240,18 +262,20 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
 
 @pytest.mark.skipif(runs.fcntl is None, reason="this system has no locks of files")
 @pytest.mark.slow
-def test_of_two_processes_that_resume_a_run_the_second_stops_with_one_line(tmp_path):
-    out, flags = tmp_path / "run", "--steps 0 --eval_samples 1 --prompts_per_step 2".split()
-    program = [sys.executable, str(ROOT / "samr1_mini.py"), "train", "--out", str(out)]
-    assert not subprocess.run([*program, *flags], capture_output=True).returncode
+def test_of_two_processes_that_resume_a_run_the_second_stops_with_one_line(tmp_path, capfd):
+    out = tmp_path / "run"
+    train, resume = ["train", "--out", str(out)], ["train", "--out", str(out), "--resume"]
+    flags = "--steps 0 --eval_samples 1 --prompts_per_step 2".split()
+    assert exit_code(in_another_process(samr1_mini.main, train + flags)) == 0
     before = (out / "metrics.jsonl").stat().st_mtime_ns
-    with held_by_another_process(out, "resume"):
-        second = subprocess.run([*program, "--resume"], capture_output=True, text=True)
-        assert second.returncode == 2 and "Traceback" not in second.stderr
-        lines = [one for one in second.stderr.splitlines() if one.startswith("samr1_mini.py")]
+    with held_by_another_process(out, resume=True):
+        capfd.readouterr()
+        assert exit_code(in_another_process(samr1_mini.main, resume)) == 2
+        lines = capfd.readouterr().err.splitlines()
+        lines = [one for one in lines if one.startswith("samr1_mini.py")]
         assert len(lines) == 1 and f"--out {out}" in lines[0] and "another process" in lines[0]
     assert (out / "metrics.jsonl").stat().st_mtime_ns == before
-    assert not subprocess.run([*program, "--resume"], capture_output=True).returncode
+    assert exit_code(in_another_process(samr1_mini.main, resume)) == 0
 
 
 @pytest.mark.parametrize("where", ["the folder", "inside", "linked", "through a link", "file"])
@@ -400,13 +424,15 @@ def test_a_config_with_values_of_another_type_is_refused(name, value, tmp_path):
             command_line.read_config(tmp_path, settings.Settings)
 
 
-def test_messages_name_the_program_that_runs(tmp_path):
-    """Here it is a tool: pytest gives every test the name of samr1_mini.py."""
-    command = [sys.executable, "-m", "tools.merge", "--adapter", tmp_path, "--out", tmp_path / "m"]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    last = refused.stderr.splitlines()[-1]  # a library may write something first
-    assert refused.returncode == 2
-    assert last.startswith(f"merge.py: --adapter {tmp_path}: it has no adapter_config")
+def test_messages_name_the_program_that_runs(tmp_path, monkeypatch, capsys):
+    """Here it is a tool: conftest.py gives every test the name of samr1_mini.py."""
+    argv = [merge.__file__, "--adapter", str(tmp_path), "--out", str(tmp_path / "merged")]
+    monkeypatch.setattr(sys, "argv", argv)  # as Python sets it for `python -m tools.merge`
+    with pytest.raises(SystemExit) as stopped:
+        merge.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"merge.py: --adapter {tmp_path}: it has no adapter_config")
 
 
 def test_an_error_about_a_file_is_one_line_and_a_bug_keeps_its_traceback(capsys):
