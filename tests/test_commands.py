@@ -572,7 +572,8 @@ def test_eval_on_reasonseg_with_an_official_size_sam(policy_folder, tmp_path, ca
     torch.save(build_sam(**size).state_dict(), tmp_path / "vit_b.pth")
     data = ["--data", f"reasonseg:{tmp_path / 'reasonseg'}/val"]
     data += ["--sam", f"vit_b:{tmp_path / 'vit_b.pth'}"]
-    run("eval --protocol segzero --limit 1 --vlm", policy_folder, *data, "--out", tmp_path / "eval")
+    options = ["--out", tmp_path / "eval", "--protocol", "segzero"]
+    run("eval --limit 1 --vlm", policy_folder, *data, *options)
     rows = [json.loads(line) for line in answers(tmp_path / "eval").splitlines()]
     columns = {"id", "query", "answer", "box", "points", "intersection", "union", "iou"}
     assert rows and all(columns <= set(row) for row in rows)
