@@ -194,14 +194,6 @@ def test_the_references_own_solutions_are_the_reference():
 
 
 @pytest.mark.slow
-def test_reference_earns_full_points():
-    """Exercise 4 stands for all: the next test runs the tests of every exercise."""
-    (row,) = grade.grade(handout.ROOT, [4], limit=300)
-    assert row["points"] == row["of"] == 5 and row["passed"] == row["tests"] > 1
-    assert not row["remark"]
-
-
-@pytest.mark.slow
 def test_exercises_can_be_solved_in_order(reports):
     """All tests of an exercise pass, and none is skipped, while later ones are not solved."""
     for number in ORDER:
@@ -218,12 +210,12 @@ def test_the_order_is_that_of_the_tutorial():
     assert table[-len(ORDER) :] == list(map(str, ORDER))
 
 
-# Exercise 5 is right but fails a hidden test, 6 has a wrong sign, and 7 is not valid Python.
+# Exercise 5 is right but fails a hidden test, 6 is right, and 7 is not valid Python.
 SOLUTIONS = {
     5: """centred = rewards - rewards.mean(-1, keepdim=True)
 std = rewards.std(-1, keepdim=True)
 return centred / (std + eps) * (std > 1e-6)""",
-    6: "log_q = logprobs - reference\nreturn log_q.expm1() - log_q",
+    6: "log_q = reference - logprobs\nreturn log_q.expm1() - log_q",
     7: "ratio = (\nadvantage = 1",
     9: "return None",
 }
@@ -256,9 +248,10 @@ def test_each_exercise_is_graded_on_its_own(solve, tmp_path_factory):
     five, six, seven, nine = summary["exercises"]
     assert [row["exercise"] for row in summary["exercises"]] == [5, 6, 7, 9] and len(table) == 7
     assert five["tests"] == five["passed"] + 1
-    assert five["points"] == 5 * five["passed"] // five["tests"]
+    assert five["points"] == 5 * five["passed"] // five["tests"] < 5
     assert "test_hidden[2]" in five["remark"] and table[1].endswith(five["remark"])
-    assert six["passed"] < six["tests"] and six["points"] < six["of"] and "test_" in six["remark"]
+    assert six["passed"] == six["tests"] > 1 and six["points"] == six["of"] == 5
+    assert six["remark"] == "edits outside the markers were ignored"
     assert seven["points"] == nine["points"] == 0
     assert seven["remark"].startswith("syntax error")
     assert "ratio = (" in seven["remark"], "the student's line, not the reference's"
