@@ -1,6 +1,6 @@
 """ablations.py - the paper's ablations on the embedded default: Tables 3 and 4, and Figure 4a.
 
-    python -m benchmarks.ablations [--seeds 0 1 2] [--jobs 2]    25 minutes of one core per seed
+    python -m benchmarks.ablations [--seeds 0 1 2] [--jobs 2]    30 minutes of one core per seed
     python -m benchmarks.ablations --table                       table and figure of finished runs
 
     Table 3    the accuracy reward: a fixed threshold of 0.5, 0.7 or 0.8, the IoU, the paper's tiers

@@ -40,7 +40,7 @@ HERE = {
     f"python -m benchmarks.thoughts {RUN}",
 }
 FIGURES = ("readme", "loop", "mask", "tiers", "seeds")  # of tools.figures; benchmarks draw others
-PICTURES = (*FIGURES, "failures", "mask_or_box", "thoughts")
+PICTURES = (*FIGURES, "ablations", "failures", "mask_or_box", "thoughts")
 NAMES = r"`((?:(?:plumbing|tools)\.\w+|data|reward|grpo|samr1_mini)\.[A-Za-z_][\w.]*)(?=[`(])"
 
 
