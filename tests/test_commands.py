@@ -523,10 +523,9 @@ def test_train_eval_merge_on_refcocog(refcocog, policy_folder, tmp_path, capsys)
     run(f"train {QUICK} --vlm", policy_folder, "--data", data, "--out", run_folder)
     results = json.loads((run_folder / "eval.json").read_text())
     assert results["after"]["n"] == results["ceiling"]["n"] > 0
-    test = ["--data", f"{data}/test"]
+    test = ["--data", f"{data}/test", "--protocol", "segzero"]
     adapter = ["--adapter", run_folder / "adapter"]
-    out = ["--out", tmp_path / "eval", "--protocol", "segzero"]
-    run("eval --vlm", policy_folder, *test, *adapter, *out)
+    run("eval --vlm", policy_folder, *test, *adapter, "--out", tmp_path / "eval")
     printed = capsys.readouterr().out
     assert "gIoU 75.4, cIoU 73.1" in printed and "in the paper" in printed
     merge.main(["--adapter", str(run_folder / "adapter"), "--out", str(tmp_path / "merged")])
