@@ -177,6 +177,7 @@ def test_saving_an_adapter_asks_no_server(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_and_saves_the_current_step(tmp_path, monkeypatch, capsys):
     interrupt_at(monkeypatch, 2, signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
@@ -279,6 +280,7 @@ def test_a_full_disk_gets_one_line_and_loses_nothing(copied_run, monkeypatch, ca
     assert [row["step"] for row in read_metrics(copied_run)] == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
     """Nothing was saved that --resume could continue, and no message says so."""
     small, out = f"--steps 1 {TINY}", tmp_path / "run"
