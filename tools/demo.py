@@ -224,32 +224,7 @@ laptop), then start the page with its adapter:</p>
 <pre>python samr1_mini.py train
 python -m tools.demo --adapter runs/shapes-tiny-0/adapter</pre>"""
 READY = '<div class="answer idle">Press Ask, or write a thought.</div>'
-
-STYLE = """
-.gradio-container { max-width: 1400px !important; padding: 0 12px !important; }
-.gradio-container .main { padding: 12px 0 !important; } footer { display: none !important; }
-.gradio-container .html-container { padding: 0 !important; }
-.block:has(.html-container > div:empty) { display: none; }
-#header h1 { font-size: 1.5rem; margin: 0 0 4px; } #header p { margin: 0 0 6px; max-width: 100ch; }
-h2 { font-size: 1.1rem !important; margin: 0 !important; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; }
-.legend i { display: inline-block; width: 18px; height: 12px; margin-right: 6px; border: 3px solid;
-  outline: 1px solid #555; vertical-align: -1px; }
-.picture { display: block; margin: 0 auto !important; max-height: 420px; width: 100%;
-  object-fit: contain; }
-.pixels { image-rendering: pixelated; } @media (width < 640px) { .picture { max-height: 300px; } }
-.answer { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  min-height: 7.2em; padding: 6px 10px; border: 1px solid var(--border-color-primary);
-  border-radius: 8px; background: var(--background-fill-secondary); }
-.answer mark { background: #ffd48a; color: black; } .answer.idle { opacity: .65; }
-.message { padding: 8px 12px; border-left: 4px solid #c2410c; border-radius: 4px;
-  background: #fff1e6; color: #7c2d12; overflow-wrap: anywhere; }
-.result p { margin: 4px 0 !important; font-size: 13px; }
-.result table { width: 100%; margin: 8px 0 4px !important; font-size: 12px; }
-.result :is(th, td) { padding: 2px !important; text-align: center; font-weight: normal !important;
-  border: 0 !important; } .result td { font-size: 17px; }
-.result :is(th, td):last-child { font-weight: bold !important; }
-"""
+STYLE = (Path(__file__).parent / "demo.css").read_text()
 
 
 # --------------------------------------------------------------------------------------------------
