@@ -350,7 +350,7 @@ class Host:
                   None            no fault
     pause:    seconds that each answer takes.
     requests: [(path, Range or None), ...].
-    most:     the largest number of simultaneous requests.
+    most:     the largest number of simultaneous requests that wait for their answer.
     """
 
     def __init__(self):
@@ -367,13 +367,11 @@ class Host:
                     waiting = host.faults.get(self.path) or [None]
                     fault = waiting[0]
                     host.faults[self.path] = waiting[1:]
-                try:
-                    time.sleep(host.pause)
-                    with contextlib.suppress(OSError):  # the client may close the connection
-                        host.answer(self, fault)
-                finally:
-                    with host.lock:
-                        host.current -= 1
+                time.sleep(host.pause)
+                with host.lock:  # before the answer: after it, the client may ask again at once
+                    host.current -= 1
+                with contextlib.suppress(OSError):  # the client may close the connection
+                    host.answer(self, fault)
 
             def log_message(self, *args):
                 pass
