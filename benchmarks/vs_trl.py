@@ -136,11 +136,12 @@ def save_middle_model(folder: str) -> None:
 def train_ours(s: Settings, part: str) -> dict:
     """Run samr1_mini.train. Returns reward and length of each step, and the peak memory."""
 
-    def score(scorer, samples, completions, frame, accuracy="tiered", keep_masks=False):
+    def score(scorer, samples, completions, frame, accuracy, keep_masks, style):
         if part == "middle":
             completions = [ANSWERS] * len(samples)
         if keep_masks or step_uses_sam(part):  # the first and the last step log masks
-            return score_completions(scorer, samples, completions, frame, accuracy, keep_masks)
+            options = (frame, accuracy, keep_masks, style)
+            return score_completions(scorer, samples, completions, *options)
         rewards = torch.tensor([[format_reward(text) for text in group] for group in completions])
         zeros = torch.zeros_like(rewards)
         return Scores(rewards, zeros, rewards, zeros, zeros, [], [], None)

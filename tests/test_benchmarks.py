@@ -240,3 +240,13 @@ def test_an_untrained_adapter_has_the_base_models_table(settings, tmp_path, monk
     rows = [[line for line in part.splitlines() if " thought " in line] for part in (first, second)]
     assert len(rows[0]) == 8 and rows[0] == rows[1]
     assert Image.open(figure).height > 500
+
+
+@pytest.mark.slow
+def test_our_side_of_the_comparison_with_trl_trains(tmp_path, monkeypatch):
+    """vs_trl.py replaces functions of samr1_mini, so their signatures must agree."""
+    vs_trl = pytest.importorskip("benchmarks.vs_trl")
+    small = "--group_size 4 --prompts_per_step 2 --max_new_tokens 8"
+    flags = f"{vs_trl.ALWAYS} {vs_trl.FLAGS['small']} --steps 3 {small} --out {tmp_path / 'run'}"
+    result = vs_trl.train_ours(samr1_mini.parse_settings("train", flags.split()), "small")
+    assert len(result["length"]) == 3 and all(0 < length <= 8 for length in result["length"])

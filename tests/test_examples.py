@@ -85,6 +85,20 @@ def test_a_thinking_models_opening_counts(scorer, samples):
     assert with_opening == score_completions(scorer, [samples[0]], [[text]], SIDE).reward.item()
 
 
+def test_the_reward_reads_the_form_that_the_prompt_asks_for(scorer, samples):
+    policy = SimpleNamespace(**(vars(POLICY) | {"prompt": "visionreasoner"}))
+    text = '<think>it</think><answer>[{"bbox_2d": [8, 8, 40, 40], "point_2d": [20, 20]}]</answer>'
+    rewards = {}
+    for one in (POLICY, policy):
+        reward = trl_grpo.trl_reward(scorer, trl_grpo.Samples(samples, one, 2), "tiered")
+        (rewards[one.prompt],) = reward([text], [0])
+    assert rewards["visionreasoner"] >= rewards["brief"] + 1  # at least the answer format
+    text = text.replace("[{", "{").replace("}]", "}")  # no list: nobody's form
+    assert trl_grpo.trl_reward(scorer, trl_grpo.Samples(samples, policy, 2), "tiered")(
+        [text], [0]
+    ) == [1.0]
+
+
 def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
     source = trl_grpo.Samples(Broken(samples), POLICY, 4)
     rows = source.rows([{"index": 1}, {"index": 0}, {"index": 1}])

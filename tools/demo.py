@@ -147,8 +147,9 @@ class Asker:
 
     def score(self, sample: Sample, text: str) -> Scores:
         """The reward of one completion, (1, 1), with its mask."""
-        batch = ([sample], [[text]], self.policy.frame)
-        return self.worker.submit(score_completions, self.scorer, *batch, keep_masks=True).result()
+        batch, options = ([sample], [[text]], self.policy.frame), {"style": self.policy.prompt}
+        options["keep_masks"] = True
+        return self.worker.submit(score_completions, self.scorer, *batch, **options).result()
 
 
 def draw_answer(sample: Sample, known: bool, scores: Scores) -> Image.Image:
