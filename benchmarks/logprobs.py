@@ -257,7 +257,7 @@ def print_work(part: str) -> None:
     if part == "head":
         gflop = 2 * G * R * HIDDEN * VOCABULARY / 1e9
         print(f"  {gflop:.0f} GFLOP for the logits, and again for their gradient")
-        print("  packed computes the logits twice")
+        print("  packed computes both in the forward pass, in chunks")
         return
     linears = 2 * HIDDEN * (2 * HIDDEN + 2 * 256 + 3 * INNER)  # FLOP per token
     for way, tokens, prompts in (("packed", P + G * R, 1), ("the others", G * (P + R), G)):
