@@ -29,8 +29,9 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou, masks_to_boxes
 
-from plumbing.answers import find_block, first_listed, json_object, last_block, numbers
+from plumbing.answers import answer_fields, find_block, last_block, numbers
 from plumbing.devices import half_precision, to_device
+from plumbing.prompts import points_asked
 from plumbing.sam import load_weights, restore_weights
 from plumbing.scenes import interior_points
 
@@ -65,8 +66,7 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     # exercise 1: read an answer and judge its two formats
     think = find_block(text, "<think>", "</think>")
     answer = last_block(think.after if think else text, "<answer>", "</answer>")
-    listed = style == "visionreasoner"
-    data = (first_listed if listed else json_object)(answer.inside) if answer else {}
+    data = answer_fields(answer.inside, style) if answer else {}
     box = numbers(data.get("bbox"), 4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
         box = None  # swapped corners: SAM would still draw a plausible mask of it
@@ -75,9 +75,8 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     think_format = False
     if thought and answer:  # all text outside of the two blocks must be white space
         think_format = not (think.before + answer.before + answer.after).strip()
-    answer_format = box is not None and len(points) == 2 - listed
-    objects = data.get("objects", 1) if listed else 1
-    return Answer(think_format, answer_format, box, points, thought, objects)
+    answer_format = box is not None and len(points) == points_asked(style)
+    return Answer(think_format, answer_format, box, points, thought, data.get("objects", 1))
     # end of exercise 1
 
 
@@ -198,10 +197,10 @@ class SamScorer:
                 None if pixels is None else self._to_device(torch.from_numpy(pixels))
                 for pixels in (sample.mask, sample.ignore)
             )
-            counts = 2 * intersection_and_union(mask, truth, ignore)
-            if ignore is not None:  # see plumbing/protocols.py
-                counts = counts[:2] + intersection_and_union(mask, truth | ignore, None)
-            overlaps.append(counts)
+            counts = wide = intersection_and_union(mask, truth, ignore)
+            if ignore is not None:  # also with ignored pixels as target, see plumbing/protocols.py
+                wide = intersection_and_union(mask, truth | ignore, None)
+            overlaps.append((*counts, *wide))
             masks.append(mask if keep_masks else None)
         if self.offload:
             restore_weights(self.sam, host)

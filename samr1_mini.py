@@ -40,6 +40,7 @@ from plumbing import pictures, runs
 from plumbing.command_line import exit_on_error
 from plumbing.devices import clipped_step
 from plumbing.photos import check_query, load_data, read_picture
+from plumbing.prompts import points_asked
 from plumbing.protocols import count_both, metrics_by_protocol, print_protocols
 from plumbing.sam import load_sam
 from plumbing.scenes import interior_points, points_inside
@@ -299,7 +300,6 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
     completions = sample_completions(policy, policy.read(batch), s, greedy=True)
     texts = [group[0] for group in policy.texts(completions)]
     answers = [parse_answer(text, policy.prompt) for text in texts]
-    asked = 1 if policy.prompt == "visionreasoner" else 2  # points
     sizes = [one.image.size for one in batch]
     ours = [sam_prompt(a, policy.frame, *size) for a, size in zip(answers, sizes, strict=True)]
     truths = [SamPrompt(true_box(one.mask), interior_points(one.mask)) for one in batch]
@@ -311,7 +311,8 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
         row = {"id": one.id, "query": one.query, "answer": texts[b], "objects": answer.objects}
         row |= {"box": prompt.box, "points": prompt.points, "box_iou": ious[b]}
         row["format"] = answer.think_format and answer.answer_format
-        row |= {"points_inside": points_inside(prompt.points, one.mask, asked)}
+        asked = points_asked(policy.prompt)
+        row["points_inside"] = points_inside(prompt.points, one.mask, asked)
         rows.append(row | count_both(overlap, b, one, answer.answer_format, s))
     return rows
 
@@ -411,7 +412,8 @@ def segment(s: SegmentSettings) -> None:
     completions = sample_completions(policy, policy.read([one]), s, greedy=True)
     text = policy.texts(completions)[0][0]
     scorer = SamScorer(sam, policy.device, offload=s.save_memory >= 3)
-    scores = score_completions(scorer, [one], [[text]], policy.frame, "iou", True, policy.prompt)
+    options = dict(keep_masks=True, style=policy.prompt)
+    scores = score_completions(scorer, [one], [[text]], policy.frame, **options)
     answer, prompt = scores.answers[0][0], scores.prompts[0][0]
     mask = scores.overlap.masks[0][0].cpu().numpy()
     figure = pictures.found(image, query, mask, prompt, answer.thought or text)

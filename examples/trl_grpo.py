@@ -134,9 +134,8 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
         rows = [[texts[k] for k in group] + [""] * (G - len(group)) for group in groups.values()]
         batch = [samples.read(number) for number in groups]
         policy = samples.policy
-        scores = score_completions(
-            scorer, batch, rows, policy.frame, accuracy, style=policy.prompt
-        )
+        options = (policy.frame, accuracy)
+        scores = score_completions(scorer, batch, rows, *options, style=policy.prompt)
         order = torch.tensor(sum(groups.values(), [])).argsort()
         real = torch.tensor([[g < len(group) for g in range(G)] for group in groups.values()])
 

@@ -34,21 +34,19 @@ def last_block(text: str, opening: str, closing: str) -> Block | None:
     return Block(before, inside, after) if found and opened else None
 
 
-def json_object(text: str) -> dict:
-    """The object in a text, or {} if the text is anything else, see `read_literal`."""
-    data = read_literal(text)
-    return data if isinstance(data, dict) else {}
+def answer_fields(text: str, style: str) -> dict:
+    """The object in an answer, under the keys of `reward.parse_answer`, or {} if it has none.
 
+    style: of the prompt. "visionreasoner" is answered with a list, of which the first object
+           counts. "objects" is the number of objects in it, and 1 in an answer of another style.
 
-def first_listed(text: str) -> dict:
-    """The first object of a VisionReasoner answer under the keys of `reward.parse_answer`.
-
-    "objects" is the number of objects that the list holds. {} if the text holds no such list.
-
-    >>> first_listed('[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}, {"bbox_2d": "?"}]')
+    >>> text = '[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}, {"bbox_2d": "?"}]'
+    >>> answer_fields(text, "visionreasoner")
     {'bbox': [1, 2, 5, 6], 'points_1': [3, 4], 'objects': 2}
     """
     data = read_literal(text)
+    if style != "visionreasoner":
+        return data | {"objects": 1} if isinstance(data, dict) else {}
     if not (isinstance(data, list) and data and isinstance(data[0], dict)):
         return {}
     box, point = data[0].get("bbox_2d"), data[0].get("point_2d")

@@ -28,6 +28,11 @@ the form:
 REQUESTS = {"segzero": SEGZERO, "visionreasoner": VISIONREASONER}
 
 
+def points_asked(style: str) -> int:
+    """Number of points that a prompt of this style asks for."""
+    return 1 if style == "visionreasoner" else 2
+
+
 def plain_query(query: str, style: str) -> str:
     """A query as both systems' evaluations ask it: in lower case, without its closing sign.
 
