@@ -66,7 +66,7 @@ CLUSTERS = {  # share of each sort
     "ring": 0.2,  # a shape in the hole of a ring
     "covered": 0.2,  # a shape on the middle of a circle or a square
 }
-HARD_SHARE = 0.8  # share of queries about the back shape, in scenes where one can be asked
+HARD_SHARE = 0.9  # share of queries about the back shape, in scenes where one can be asked
 
 
 @dataclass

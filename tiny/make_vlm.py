@@ -31,6 +31,7 @@ PATCH, MERGE = 8, 2  # 8 x 8 patches, merged 2 x 2: 16 image tokens
 
 # The VLM's lessons
 CLEAN_STEPS, PLAIN_STEPS, SLOPPY_STEPS, BATCH = 3600, 1600, 400, 40
+HARD_SHARE = 0.8  # of the queries in scenes with a cluster, about its back shape; Shapes has more
 PLAIN_SHARE = 0.75  # of the plain steps' queries in scenes with a cluster: not about its back shape
 EASY_SHARE = 0.3  # of the clean steps, on scenes of one or two shapes; they are quicker to learn
 # Sloppy answers. Boxes: the centre is off by up to SHIFT of the size, each edge by LOOSE more.
@@ -198,7 +199,9 @@ class VlmLessons(Dataset):
 
     def __init__(self, scenes: Shapes, sloppy: bool = False, easy: int = 0):
         self.scenes, self.sloppy, self.easy = scenes, sloppy, easy
-        self.easy_scenes = Shapes(scenes.split, scenes.seed + 1000, scenes.size, things=(1, 2))
+        self.easy_scenes = Shapes(
+            scenes.split, scenes.seed + 1000, scenes.size, (1, 2), scenes.hard_share
+        )
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -246,7 +249,8 @@ def train_vlm(out: Path) -> None:
     processor = build_processor()
     vlm = build_vlm(processor)
     size = CLEAN_STEPS * BATCH
-    clean = VlmLessons(Shapes("warmup", seed=2, size=size), easy=int(EASY_SHARE * size))
+    scenes = Shapes("warmup", seed=2, size=size, hard_share=HARD_SHARE)
+    clean = VlmLessons(scenes, easy=int(EASY_SHARE * size))
     opts = optimisers(vlm, matrix_lr=0.008, lr=1e-3)
     study(vlm, processor, clean, opts, CLEAN_STEPS, "VLM, clean")
     vlm.save_pretrained(out / "vlm-half")
@@ -269,7 +273,7 @@ def make_clean(
 def make_sloppy(
     vlm: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, out: Path
 ) -> None:
-    scenes = Shapes("warmup", seed=3, size=SLOPPY_STEPS * BATCH)
+    scenes = Shapes("warmup", seed=3, size=SLOPPY_STEPS * BATCH, hard_share=HARD_SHARE)
     opt = torch.optim.AdamW(vlm.parameters(), 5e-4, (0.9, 0.98), weight_decay=0.0)
     study(vlm, processor, VlmLessons(scenes, sloppy=True), [opt], SLOPPY_STEPS, "VLM, sloppy")
     vlm.save_pretrained(out / "vlm")
