@@ -217,8 +217,9 @@ def load_vlm(
         model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device)
         config, vision = model.config, model.config.vision_config
         keep_gradients(model)
+    if model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)  # such small matrices are slower when threads share them
     if name == "tiny":
-        torch.set_num_threads(1)  # its matrices are too small to share between threads
         model.name_or_path = "tiny/vlm"  # for adapter_config.json: not a path of this machine
     coordinates = "thousandths" if config.model_type.startswith("qwen3_vl") else "pixels"
     with exit_on_error(f"--side {side}"):
