@@ -127,6 +127,16 @@ def test_qwen3vl_trains_from_the_command_line(qwen3vl, tmp_path):
     assert json.loads((run / "config.json").read_text())["side"] == 96
 
 
+def test_a_small_model_takes_one_thread_under_any_name():
+    """On two busy cores, two threads make a step of such a model many times slower."""
+    torch.set_num_threads(2)
+    try:
+        load_vlm(vlm_path("tiny"), "cpu", 64, "brief")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("coordinates", ["pixels", "thousandths"])
 def test_true_boxes_in_the_coordinates_of_the_policy_are_found(coordinates, scorer, monkeypatch):
     """A stand-in policy writes the true box of scenes that are not square.
