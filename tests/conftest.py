@@ -61,7 +61,7 @@ def samples():
     square = [s for s in scenes if s.image.width == s.image.height]
     wide = [s for s in scenes if s.image.width > s.image.height]
     tall = [s for s in scenes if s.image.width < s.image.height]
-    chosen = [wide[0], square[0], tall[0], square[1], wide[1], square[2]]
+    chosen = [wide[1], square[0], tall[0], square[1], wide[0], square[2]]
     lengths = {len(s.query.split()) for s in chosen[:3]}
     assert len(lengths) > 1, "with equal lengths no prompt would be padded"
     return chosen

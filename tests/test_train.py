@@ -114,7 +114,7 @@ def test_a_run_writes_its_files(whole_run):
     assert set(results) == {"before", "after", "ceiling"}
     for name in ("before", "after"):
         assert set(results[name]) >= {"giou", "ciou", "format", "box", "points", "boxonly", "n"}
-    assert results["ceiling"]["giou"] > 0.85  # the tiny SAM with the true box and good points
+    assert results["ceiling"]["giou"] > 0.8  # the tiny SAM with the true box and good points
 
 
 def test_the_metrics_of_a_run_are_complete_and_consistent(whole_run):
