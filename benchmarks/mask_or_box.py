@@ -14,6 +14,7 @@ All metrics come from greedy answers on the same held-out scenes. "box only" is 
 SAM gets the policy's box without its points.
 """
 
+import statistics
 import textwrap
 import time
 from pathlib import Path
@@ -22,9 +23,11 @@ from matplotlib.figure import Figure
 
 import samr1_mini
 from benchmarks.sweep import PAPER, collect, mean_and_spread, parse_arguments, train_missing
+from data import Shapes
 from plumbing import pictures
 from plumbing.photos import load_data
 from plumbing.sam import load_sam
+from plumbing.scenes import points_inside
 from plumbing.vlm import load_vlm
 from reward import SamScorer, score_completions
 
@@ -44,7 +47,7 @@ COLUMNS = {
 }
 SCENES = 6  # in the figure: the first held-out scenes on which the mask IoU of the two policies
 DIFFERENCE = 0.3  # differs by more than this, in either direction
-SEARCHED = 96  # held-out scenes
+SEARCHED = 256  # held-out scenes
 
 
 def print_table(rows: dict[str, list[dict]]) -> None:
@@ -71,6 +74,26 @@ def answers(run: Path, count: int):
     texts = policy.texts(completions)
     scorer = SamScorer(load_sam("tiny"))
     return batch, score_completions(scorer, batch, texts, policy.frame, keep_masks=True)
+
+
+def print_by_target(rows: dict[str, list[dict]]) -> None:
+    """Print mask IoU and share of points inside for hard targets (see `data.Thing`) and others."""
+    scenes = [Shapes("heldout").scene(i) for i in range(SEARCHED)]
+    hard = [things[target].hard for _, things, _, target in scenes]
+    print(f"\n{'':20}{'mask IoU':>16}{'points inside':>16}   by target")
+    for name in ("mask", "box"):
+        each = [answers(run["run"], SEARCHED) for run in rows[name]]
+        for kind, is_hard in (("hard", True), ("plain", False)):
+            chosen = [k for k, h in enumerate(hard) if h == is_hard]
+            ious = [scores.iou[chosen, 0].mean().item() for _, scores in each]
+            inside = [
+                statistics.mean(
+                    points_inside(scores.prompts[k][0].points, batch[k].mask) for k in chosen
+                )
+                for batch, scores in each
+            ]
+            cells = mean_and_spread(ious) + mean_and_spread(inside)
+            print(f"{name + ', ' + kind:20}{cells}   {len(chosen)} targets")
 
 
 def draw_scenes(figure, rows: dict[str, list[dict]]) -> None:
@@ -122,6 +145,7 @@ def main() -> None:
     rows = collect(SETTINGS, options)
     print_table(rows)
     if rows["mask"] and rows["box"]:
+        print_by_target(rows)
         draw(rows).savefig(options.figure)
         print(f"written to {options.figure}")
     print(f"this call took {(time.perf_counter() - started) / 60:.1f} minutes")
