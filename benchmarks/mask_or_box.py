@@ -76,13 +76,15 @@ def answers(run: Path, count: int):
     return batch, score_completions(scorer, batch, texts, policy.frame, keep_masks=True)
 
 
-def print_by_target(rows: dict[str, list[dict]]) -> None:
-    """Print mask IoU and share of points inside for hard targets (see `data.Thing`) and others."""
+def print_by_target(answered: dict[str, list[tuple]]) -> None:
+    """Print mask IoU and share of points inside for hard targets (see `data.Thing`) and others.
+
+    answered: the results of `answers` for each run, by name of the reward.
+    """
     scenes = [Shapes("heldout").scene(i) for i in range(SEARCHED)]
     hard = [things[target].hard for _, things, _, target in scenes]
     print(f"\n{'':20}{'mask IoU':>16}{'points inside':>16}   by target")
-    for name in ("mask", "box"):
-        each = [answers(run["run"], SEARCHED) for run in rows[name]]
+    for name, each in answered.items():
         for kind, is_hard in (("hard", True), ("plain", False)):
             chosen = [k for k, h in enumerate(hard) if h == is_hard]
             ious = [scores.iou[chosen, 0].mean().item() for _, scores in each]
@@ -96,9 +98,11 @@ def print_by_target(rows: dict[str, list[dict]]) -> None:
             print(f"{name + ', ' + kind:20}{cells}   {len(chosen)} targets")
 
 
-def draw_scenes(figure, rows: dict[str, list[dict]]) -> None:
-    """The same scenes after training with the mask reward (above) and with the box reward."""
-    pairs = {name: answers(rows[name][0]["run"], SEARCHED) for name in ("box", "mask")}
+def draw_scenes(figure, pairs: dict[str, tuple]) -> None:
+    """The same scenes after training with the box reward (above) and with the mask reward.
+
+    pairs: the results of `answers` for one run of each reward.
+    """
     ious = {name: scores.iou[:, 0] for name, (_, scores) in pairs.items()}
     differ = ((ious["mask"] - ious["box"]).abs() > DIFFERENCE).nonzero()[:, 0].tolist()
     grid = figure.subplots(2, SCENES, squeeze=False)
@@ -112,11 +116,11 @@ def draw_scenes(figure, rows: dict[str, list[dict]]) -> None:
                 axes.set_xlabel(textwrap.fill(batch[k].query, 26), fontsize=10)
 
 
-def draw(rows: dict[str, list[dict]]) -> Figure:
+def draw(rows: dict[str, list[dict]], pairs: dict[str, tuple]) -> Figure:
     """Above: scenes under both rewards. Below: sampled mask IoU and final metrics."""
     figure = Figure(figsize=(13, 9), dpi=100, layout="constrained", facecolor="white")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.6, 1))
-    draw_scenes(upper, rows)
+    draw_scenes(upper, pairs)
     pictures.draw_legend(upper)
     curves, *panels = lower.subplots(1, 4, width_ratios=(1.6, 1, 1, 1))
     for name, runs in rows.items():
@@ -145,8 +149,10 @@ def main() -> None:
     rows = collect(SETTINGS, options)
     print_table(rows)
     if rows["mask"] and rows["box"]:
-        print_by_target(rows)
-        draw(rows).savefig(options.figure)
+        names = ("box", "mask")
+        answered = {name: [answers(run["run"], SEARCHED) for run in rows[name]] for name in names}
+        print_by_target(answered)
+        draw(rows, {name: each[0] for name, each in answered.items()}).savefig(options.figure)
         print(f"written to {options.figure}")
     print(f"this call took {(time.perf_counter() - started) / 60:.1f} minutes")
 

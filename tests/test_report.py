@@ -284,7 +284,7 @@ def test_a_record_holds_what_was_scored(samples, rolled, tokenizer):
             mask = decode(answer["mask"])
             truth = it.scores.overlap.masks[b][g].numpy()
             assert mask.mode == "1" and np.array_equal(np.asarray(mask), truth)
-    assert sum(answer["iou"] > 0.8 for row in rows for answer in row["completions"]) >= 2
+    assert sum(answer["iou"] > 0.5 for row in rows for answer in row["completions"]) >= 3
 
 
 def test_a_record_without_an_update_takes_the_first_rows(samples, rolled, tokenizer):

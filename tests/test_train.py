@@ -24,7 +24,9 @@ import samr1_mini
 from data import Shapes
 from plumbing import runs
 from plumbing.memory import expected_memory
+from plumbing.scenes import interior_points
 from plumbing.vlm import load_vlm, vlm_path
+from reward import SamPrompt
 from tools import memory
 
 ROOT = Path(samr1_mini.__file__).parent
@@ -102,7 +104,7 @@ def interrupt_at(monkeypatch, step: int, number: int) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_its_files(whole_run):
+def test_a_run_writes_its_files(whole_run, scorer):
     files = """config.json metrics.jsonl eval.json curves.png samples/step_00001.png
         samples/step_00006.png rollouts/step_00006.json adapter/adapter_config.json
         adapter/adapter_model.safetensors adapter/README.md checkpoint/state.pt"""
@@ -114,7 +116,13 @@ def test_a_run_writes_its_files(whole_run):
     assert set(results) == {"before", "after", "ceiling"}
     for name in ("before", "after"):
         assert set(results[name]) >= {"giou", "ciou", "format", "box", "points", "boxonly", "n"}
-    assert results["ceiling"]["giou"] > 0.8  # the tiny SAM with the true box and good points
+    # The ceiling is SAM with the true box and good points.
+    batch = [Shapes("heldout")[i] for i in range(8)]
+    prompts = [
+        [SamPrompt(samr1_mini.true_box(one.mask), interior_points(one.mask))] for one in batch
+    ]
+    ceiling = scorer.score(batch, prompts).iou.mean().item()
+    assert results["ceiling"]["giou"] == pytest.approx(ceiling, abs=1e-5) and ceiling > 0.8
 
 
 def test_the_metrics_of_a_run_are_complete_and_consistent(whole_run):

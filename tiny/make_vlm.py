@@ -37,7 +37,7 @@ EASY_SHARE = 0.3  # of the clean steps, on scenes of one or two shapes; they are
 # Sloppy answers. Boxes: the centre is off by up to SHIFT of the size, each edge by LOOSE more.
 SHIFT, LOOSE = 0.6, 0.2
 MIDDLE = 0.35  # share with points in the middle of the box, where a cluster shows its upper shape
-WRONG, BROKEN = 0.5, 0.35  # share about another object, share with a broken format
+WRONG, BROKEN = 0.5, 0.35  # share about an object drawn at random, share with a broken format
 
 
 # --------------------------------------------------------------------------------------------------
