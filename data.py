@@ -16,6 +16,7 @@ origin at the top left corner. The policy sees the image resized to a square, so
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -79,7 +80,7 @@ class Thing:
     box: tuple[int, int, int, int]  # x1, y1, x2, y2 in image pixels, x2 and y2 exclusive
     centre: tuple[float, float]  # x, y of the centre of the box
 
-    @property
+    @cached_property
     def area(self) -> int:
         return int(self.mask.sum())
 
@@ -98,8 +99,8 @@ class Shapes:
     """Drawn scenes of 2 to 5 shapes, each with one unambiguous query about one of them.
 
     Item i depends on i and the arguments alone. It is drawn when it is read, and is the same in
-    every run. The splits are "train", "heldout" and "warmup" (for training the tiny models).
-    They seed the generator differently, so no scene is in two of them.
+    every run. The splits are "train", "heldout" and "warmup" (for the tiny models). They seed the
+    generator differently, so no scene is in two.
     """
 
     def __init__(

@@ -171,7 +171,8 @@ def interior_points(mask: np.ndarray) -> tuple[tuple[float, float], ...]:
     small = mask[::stride, ::stride]
     columns, rows = np.flatnonzero(small.any(0)), np.flatnonzero(small.any(1))
     top, height, middle = rows[0], rows[-1] + 1 - rows[0], (columns[0] + columns[-1]) / 2
-    y, x = np.mgrid[: small.shape[0], : small.shape[1]]
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    small, (y, x) = small[box], np.ogrid[box]  # the rest of the image cannot be chosen
     depth = edge_distance(small, limit=4)
     depth = depth - 0.07 * abs(x - middle) - 0.6 * (x > middle + 3)
     points = []
@@ -179,7 +180,7 @@ def interior_points(mask: np.ndarray) -> tuple[tuple[float, float], ...]:
         inside = small & half if (small & half).any() else small  # else: a single row
         score = np.where(inside, depth - 0.1 * abs(y - (top + share * height)), -np.inf)
         row, column = divmod(int(score.argmax()), small.shape[1])
-        points.append((column * stride + 0.5, row * stride + 0.5))
+        points.append((int(x[0, column]) * stride + 0.5, int(y[row, 0]) * stride + 0.5))
     return tuple(points)
 
 
@@ -190,12 +191,14 @@ def edge_distance(mask: np.ndarray, limit: int) -> np.ndarray:
     Erosion by 4 and by 8 neighbours in turn is close to the Euclidean distance.
     """
     distance = np.zeros(mask.shape, np.float32)
+    m = np.pad(mask, 1)
+    left = m[1:-1, 1:-1]  # a view: what is eroded here is eroded in `m`
     for step in range(limit):
-        distance += mask
-        m = np.pad(mask, 1)
-        mask = mask & m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+        distance += left
+        neighbours = m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
         if step % 2:
-            mask = mask & m[:-2, :-2] & m[2:, 2:] & m[:-2, 2:] & m[2:, :-2]
+            neighbours &= m[:-2, :-2] & m[2:, 2:] & m[:-2, 2:] & m[2:, :-2]
+        left &= neighbours
     return distance
 
 
