@@ -253,7 +253,6 @@ def train_vlm(out: Path) -> None:
     clean = VlmLessons(scenes, easy=int(EASY_SHARE * size))
     opts = optimisers(vlm, matrix_lr=0.008, lr=1e-3)
     study(vlm, processor, clean, opts, CLEAN_STEPS, "VLM, clean")
-    vlm.save_pretrained(out / "vlm-half")
     make_clean(vlm, processor, out)
 
 
