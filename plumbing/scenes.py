@@ -192,13 +192,13 @@ def edge_distance(mask: np.ndarray, limit: int) -> np.ndarray:
     """
     distance = np.zeros(mask.shape, np.float32)
     m = np.pad(mask, 1)
-    left = m[1:-1, 1:-1]  # a view: what is eroded here is eroded in `m`
+    inner = m[1:-1, 1:-1]  # a view: to erode it is to erode `m`
     for step in range(limit):
-        distance += left
+        distance += inner
         neighbours = m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
         if step % 2:
             neighbours &= m[:-2, :-2] & m[2:, 2:] & m[:-2, 2:] & m[2:, :-2]
-        left &= neighbours
+        inner &= neighbours
     return distance
 
 
