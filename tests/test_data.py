@@ -191,6 +191,19 @@ def test_edge_distance():
     assert edge_distance(mask, 2).max() == 2
 
 
+def test_edge_distance_is_the_sum_of_opencvs_erosions(scenes):
+    cv2 = pytest.importorskip("cv2")
+    shapes = (cv2.MORPH_CROSS, cv2.MORPH_RECT)
+    kernels = [cv2.getStructuringElement(shape, (3, 3)) for shape in shapes]
+    for _, things, _, _ in scenes[:50]:
+        for thing in things:  # stars and diamonds among them: diagonals count
+            left, total = thing.mask.astype(np.uint8), 0
+            for step in range(5):
+                total = total + left
+                left = cv2.erode(left, kernels[step % 2], borderValue=0)
+            assert np.array_equal(edge_distance(thing.mask, 5), total)
+
+
 def test_points_inside_counts_missing_points_as_outside():
     mask = np.zeros((4, 6), bool)
     mask[1, 2] = mask[3, 5] = True
