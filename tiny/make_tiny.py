@@ -12,8 +12,9 @@ SAM   `segment_anything`'s Sam on 128 x 128 pixels. Supervised: from a jittered 
 
 VLM   `Qwen2_5_VLForConditionalGeneration` on 64 x 64 pixels (16 image tokens), with a word-level
       vocabulary in which every integer 0..64 is one token. Two stages:
-      1. clean: supervised on right answers, first on scenes of one or two shapes. This is its
-         "pre-training": the model learns to see, to read queries, and to write boxes and points.
+      1. clean: supervised on right answers, first on scenes of one or two shapes, at last mostly
+         about plain shapes. This is its "pre-training": the model learns to see, to read queries,
+         and to write boxes and points.
       2. sloppy: a short fine-tuning on answers that are spoilt on purpose: boxes are shifted and
          have loose edges, points lie in the middle of the box, some answers are about the wrong
          object, some have a broken format. Each fault occurs in a share of the answers only, so

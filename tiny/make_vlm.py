@@ -248,30 +248,20 @@ def train_vlm(out: Path) -> None:
     torch.manual_seed(0)
     processor = build_processor()
     vlm = build_vlm(processor)
+
     size = CLEAN_STEPS * BATCH
     scenes = Shapes("warmup", seed=2, size=size, hard_share=HARD_SHARE)
-    clean = VlmLessons(scenes, easy=int(EASY_SHARE * size))
+    lessons = VlmLessons(scenes, easy=int(EASY_SHARE * size))
     opts = optimisers(vlm, matrix_lr=0.008, lr=1e-3)
-    study(vlm, processor, clean, opts, CLEAN_STEPS, "VLM, clean")
-    make_clean(vlm, processor, out)
+    study(vlm, processor, lessons, opts, CLEAN_STEPS, "VLM, clean")
 
-
-def make_clean(
-    vlm: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, out: Path
-) -> None:
-    """More lessons about small single shapes, which are harder to see than clusters."""
-    size = PLAIN_STEPS * BATCH
-    scenes = Shapes("warmup", seed=4, size=size, hard_share=1 - PLAIN_SHARE)
+    # More lessons about small single shapes, which are harder to see than clusters.
+    scenes = Shapes("warmup", seed=4, size=PLAIN_STEPS * BATCH, hard_share=1 - PLAIN_SHARE)
     opts = optimisers(vlm, matrix_lr=0.008, lr=1e-3)
     study(vlm, processor, VlmLessons(scenes), opts, PLAIN_STEPS, "VLM, plain")
     vlm.save_pretrained(out / "vlm-clean")
     processor.save_pretrained(out / "vlm-clean")
-    make_sloppy(vlm, processor, out)
 
-
-def make_sloppy(
-    vlm: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, out: Path
-) -> None:
     scenes = Shapes("warmup", seed=3, size=SLOPPY_STEPS * BATCH, hard_share=HARD_SHARE)
     opt = torch.optim.AdamW(vlm.parameters(), 5e-4, (0.9, 0.98), weight_decay=0.0)
     study(vlm, processor, VlmLessons(scenes, sloppy=True), [opt], SLOPPY_STEPS, "VLM, sloppy")
