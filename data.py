@@ -22,8 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from plumbing.prompts import REQUESTS, plain_query
-from plumbing.scenes import COLOURS, PLAIN_KINDS, background, draw_shape, noise
-from plumbing.scenes import unambiguous_queries
+from plumbing.scenes import COLOURS, PLAIN_KINDS, background, draw_shape, noise, unambiguous_queries
 
 
 @dataclass

@@ -264,7 +264,7 @@ def prefill(vlm, prompts: Prompts, G: int, max_new_tokens: int) -> tuple["Decode
         use_cache=True,
         logits_to_keep=1,
     )
-    decoder = Decoder(vlm, out.past_key_values, prompts, G, max_new_tokens)
+    decoder = Decoder(vlm, out.cache, prompts, G, max_new_tokens)
     return decoder, out.logits[:, -1].repeat_interleave(G, 0)
 
 
@@ -306,7 +306,7 @@ class Decoder:
             input_ids=self.token,
             attention_mask=self.visible,
             position_ids=self.positions,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         ).logits[:, -1]
 

@@ -39,6 +39,7 @@ from plumbing.scenes import interior_points
 # Text to numbers
 # --------------------------------------------------------------------------------------------------
 
+
 class Answer(NamedTuple):
     """What a completion says. Coordinates as written: policy pixels, or thousandths."""
 

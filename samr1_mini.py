@@ -46,8 +46,15 @@ from plumbing.sam import load_sam
 from plumbing.scenes import interior_points, points_inside
 from plumbing.settings import EvalSettings, SegmentSettings, Settings, parse_settings
 from plumbing.vlm import Policy, Prompts, load_vlm
-from reward import SamPrompt, SamScorer, box_ious, parse_answer, sam_prompt, score_completions
-from reward import true_box
+from reward import (
+    SamPrompt,
+    SamScorer,
+    box_ious,
+    parse_answer,
+    sam_prompt,
+    score_completions,
+    true_box,
+)
 
 # --------------------------------------------------------------------------------------------------
 # The policy

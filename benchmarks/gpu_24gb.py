@@ -110,7 +110,6 @@ class Spy:
             self.ratio = statistics["ratio"].item()
         return loss, statistics
 
-
     def phase_timer(self, device):
         """The timer of a step, which begins and ends the counting of waits."""
         timer = PhaseTimer(device)

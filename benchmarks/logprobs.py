@@ -98,8 +98,7 @@ def build(part: str):
     model.enable_input_require_grads()
     if part == "checkpointed":
         layers = base(model).model.language_model
-        enable = getattr(layers, "activation_checkpointing_enable", None)  # transformers >= 5.23
-        (enable or layers.gradient_checkpointing_enable)({"use_reentrant": False})
+        layers.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()  # checkpointing needs train mode; there is no dropout
 
 

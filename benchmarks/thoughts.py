@@ -34,8 +34,15 @@ from plumbing.runs import save_figure
 from plumbing.sam import load_sam
 from plumbing.scenes import points_inside, taught_thought
 from plumbing.vlm import Policy, load_vlm
-from reward import Answer, SamPrompt, SamScorer, box_ious, intersection_and_union
-from reward import parse_answer, sam_prompt
+from reward import (
+    Answer,
+    SamPrompt,
+    SamScorer,
+    box_ious,
+    intersection_and_union,
+    parse_answer,
+    sam_prompt,
+)
 
 THOUGHTS = ("own", "other", "right", "empty")
 COLUMNS = ("box", "points", "mask")

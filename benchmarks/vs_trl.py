@@ -79,9 +79,7 @@ STEPS = {"small": 41, "middle": 6, "learn": 50}
 THREADS = {"small": 1, "middle": 2, "learn": 1}
 # The fixed answers instead of the middle model's text. Every other one has a <think> block.
 ANSWER = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
-ANSWERS = [
-    "<think>x</think>" * (g % 2) + ANSWER.format(80 * g, 80 * g + 200) for g in range(8)
-]
+ANSWERS = ["<think>x</think>" * (g % 2) + ANSWER.format(80 * g, 80 * g + 200) for g in range(8)]
 ROWS = (
     "seconds, format reward",
     "CPU seconds, format reward",
@@ -192,7 +190,6 @@ def trl_config(s: Settings, part: str, banned: list[int]) -> GRPOConfig:
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        gradient_checkpointing=False,
         bf16=CUDA,
         use_cpu=not CUDA,
         logging_steps=1,
@@ -266,9 +263,7 @@ def train_trl(s: Settings, part: str) -> dict:
     return result | compare(trainer, policy, [used[index] for index in order[-B:]], s)
 
 
-def compare(
-    trainer: Trainer, policy: Policy, samples: list, s: Settings
-) -> dict[str, float]:
+def compare(trainer: Trainer, policy: Policy, samples: list, s: Settings) -> dict[str, float]:
     """Compare both sides on TRL's last completions.
 
     Returns the largest difference of the reference's log-probs, and the difference of the loss's

@@ -6,6 +6,10 @@ import re
 import warnings
 from typing import NamedTuple
 
+# A literal with an odd escape is still read. Filter this once: `warnings.catch_warnings` around each
+# answer would make Python forget which warnings of other modules it has shown.
+warnings.filterwarnings("ignore", "invalid (escape sequence|.* literal)")
+
 LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
 LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
 
@@ -65,9 +69,7 @@ def read_literal(text: str) -> object:
     text = re.sub(r"^```\w*|```$", "", text).strip()
     for read, errors in READERS:
         try:
-            with warnings.catch_warnings():  # about odd escapes in a literal
-                warnings.simplefilter("ignore")
-                return read(text)
+            return read(text)
         except errors:
             continue
     return None

@@ -37,9 +37,7 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def parse(
-    cls, argv: list[str], program: str, about: str, presets: dict, may_change: set, problem
-):
+def parse(cls, argv: list[str], program: str, about: str, presets: dict, may_change: set, problem):
     """Read an instance of the settings class `cls` from a command line.
 
     The bases of `cls` are the groups in --help. Values come from the defaults, then from the preset

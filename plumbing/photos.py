@@ -59,7 +59,8 @@ class PlainUnpickler(pickle._Unpickler):
     make the one in C reserve gigabytes. One opcode can still do so here and is removed.
     """
 
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = pickle._Unpickler.dispatch.copy()
+    del dispatch[pickle.BYTEARRAY8[0]]
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it imports {module}.{name}, but it may hold plain data only")
@@ -219,7 +220,7 @@ def read_image(file: Path, hint: str, size: tuple[int, int] | None = None) -> Im
     try:
         image = decode_image(file, stored=bool(size))
         if size and image.size != tuple(size):
-            raise ValueError("it is %d x %d, its annotation is for %d x %d" % (*image.size, *size))
+            raise ValueError(f"it is {image.size}, its annotation is for {tuple(size)}")
         return image
     except FileNotFoundError as error:
         raise BadSample(f"{file} is missing. Run: {hint}") from error

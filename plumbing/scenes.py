@@ -80,9 +80,7 @@ def clearly_larger(a, b) -> bool:
     return a.area >= RATIO * b.area and a.box_area >= b.box_area
 
 
-def unambiguous_queries(
-    things: list, width: int, height: int
-) -> dict[str, list[tuple[str, int]]]:
+def unambiguous_queries(things: list, width: int, height: int) -> dict[str, list[tuple[str, int]]]:
     """All queries that fit exactly one thing: {sort of query: [(query, index of the thing), ...]}.
 
     Sorts: "look" (the red star), "only" (the only star), "size" (the largest circle),
@@ -202,9 +200,7 @@ def edge_distance(mask: np.ndarray, limit: int) -> np.ndarray:
     return distance
 
 
-def points_inside(
-    points: tuple[tuple[float, ...], ...], mask: np.ndarray, asked: int = 2
-) -> float:
+def points_inside(points: tuple[tuple[float, ...], ...], mask: np.ndarray, asked: int = 2) -> float:
     """Share of the `asked` points (x, y), image pixels, that lie in the mask (H, W).
 
     A missing point counts as outside.

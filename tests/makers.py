@@ -1,9 +1,9 @@
 """Small data sets in the formats of the published ones, and a web server that fails on demand.
 
-    make_refcocog(root), make_refcoco(root)     REFER's layout: pickles as Python 2 writes them,
-                                                instances.json, COCO's file names
-    make_reasonseg(root)                        LISA's layout: labelme polygons, UTF-8 and cp1252
-    serve()                                     see `Host`
+make_refcocog(root), make_refcoco(root)     REFER's layout: pickles as Python 2 writes them,
+                                            instances.json, COCO's file names
+make_reasonseg(root)                        LISA's layout: labelme polygons, UTF-8 and cp1252
+serve()                                     see `Host`
 """
 
 import contextlib

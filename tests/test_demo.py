@@ -311,9 +311,8 @@ def test_a_port_that_does_not_exist_is_refused(port, capsys):
 def test_a_port_in_use_is_refused_before_a_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(demo, "load_gradio", lambda: None)
     monkeypatch.setattr(demo, "Asker", lambda s: pytest.fail("no model may be loaded before"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(SystemExit) as stop:
-            demo.main(["--port", str(taken.getsockname()[1])])
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as stop:
+        demo.main(["--port", str(taken.getsockname()[1])])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and len(error.splitlines()) == 1 and "another port" in error
 

@@ -119,9 +119,7 @@ def test_fetch_downloads_what_training_needs_and_nothing_else(published, host, c
         (("--split", "test"), ("test",), "complete. Next: python samr1_mini.py eval"),
     ],
 )
-def test_an_explicit_split_is_downloaded_alone(
-    published, host, capsys, options, splits, message
-):
+def test_an_explicit_split_is_downloaded_alone(published, host, capsys, options, splits, message):
     assert run("refcocog", "--out", published.root, *options) == 0
     needed = set.union(*(images_of(published, split) for split in splits))
     assert host.count() == {"/a.zip": 1, **{f"/coco/{name}": 1 for name in needed}}

@@ -26,7 +26,7 @@ from grpo import Completions, group_logprobs, rollout
 from plumbing import devices, runs
 from plumbing.memory import expected_memory
 from plumbing.sam import grid_positions, load_sam
-from plumbing.settings import PRESETS, parse_settings
+from plumbing.settings import parse_settings
 from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt, SamScorer, parse_answer
 from tools import figures

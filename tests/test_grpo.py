@@ -459,7 +459,7 @@ def test_replayed_graph_samples_the_same_tokens(policy, monkeypatch):
         forward()  # the first run writes into the cache, as on a GPU
         decoder, logits = forward.__self__, forward().clone()
         inputs = {"input_ids": decoder.token, "attention_mask": decoder.visible}
-        inputs |= {"position_ids": decoder.positions, "past_key_values": decoder.cache}
+        inputs |= {"position_ids": decoder.positions, "cache": decoder.cache}
         decoder.forward = None  # from now on only the graph can compute
         recorded.append(logits)
         return lambda: logits.copy_(policy.vlm(**inputs, use_cache=True).logits[:, -1])

@@ -156,7 +156,7 @@ def test_the_path_of_imports_is_changed_in_conftest_only():
         for node in ast.walk(ast.parse(file.read_text())):
             used = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
             taken = isinstance(node, ast.ImportFrom) and node.module == "sys"
-            if used or taken and "path" in [alias.name for alias in node.names]:
+            if used or (taken and "path" in [alias.name for alias in node.names]):
                 found.add(name_of(file))
     assert found == {"tests/conftest.py"}
 

@@ -282,7 +282,7 @@ def test_without_val_rows_on_other_images_are_held_out(tmp_path, refcocog, capsy
     assert "no row for heldout" in error_of(spec, "heldout")
     moved = {41: 60, 57: 80}  # image 60 and 80 are held out
     for one in [*refcocog.instances["images"], *refcocog.instances["annotations"]]:
-        key = "file_name" in one and "id" or "image_id"
+        key = ("file_name" in one and "id") or "image_id"
         one[key] = moved.get(one[key], one[key])
     file = refcocog.root / "refcocog" / "instances.json"
     file.write_text(json.dumps(refcocog.instances))

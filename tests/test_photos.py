@@ -592,10 +592,7 @@ def test_polygons_with_corners_on_and_beyond_the_border_equal_opencvs(margin):
             inside = rng.uniform(-margin, side + margin)
             return rng.choice([inside, inside, -0.5, 0, side - 1, side - 0.5, side])
 
-        points = [
-            [coordinate(width), coordinate(height)]  # noqa: B023
-            for _ in range(rng.randint(1, 8))
-        ]
+        points = [[coordinate(width), coordinate(height)] for _ in range(rng.randint(1, 8))]
         expected = np.zeros((height, width), np.uint8)
         corners = np.array([points], dtype=np.int32)
         cv2.polylines(expected, corners, True, 1, 1)

@@ -202,7 +202,7 @@ def test_long_completions_keep_their_first_and_last_lines():
 def test_text_on_the_sample_sheets_is_large_enough(samples, rolled):
     """At least 8 points, in a figure that is not wider than a screen."""
     figure = pictures.groups(samples[:3], rolled[4].texts, rolled[4].scores)
-    width, height = figure.get_size_inches() * figure.dpi
+    width, _ = figure.get_size_inches() * figure.dpi
     assert width <= 1400
     texts = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
     assert min(t.get_fontsize() for t in texts) * figure.dpi / 72 >= 8 * 96 / 72
@@ -587,7 +587,7 @@ OTHER_FORM = {
     ),
     "metrics.jsonl": (
         "{}", "null", "[1]", '{"step": "x"}', '{"step": NaN}', '{"step": 1, "kl": "0.5"}',
-        '{"step": 1, "reward": [1]}', '{"step": 1, "iou": 1%0400d}' % 0,
+        '{"step": 1, "reward": [1]}', '{"step": 1, "iou": 1' + "0" * 400 + "}",
     ),
 }  # fmt: skip
 

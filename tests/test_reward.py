@@ -23,8 +23,14 @@ from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
 
 import reward
-from plumbing.sam import build_sam, decode_masks, embed_prompts, folded_attention, load_sam
-from plumbing.sam import upsample_masks
+from plumbing.sam import (
+    build_sam,
+    decode_masks,
+    embed_prompts,
+    folded_attention,
+    load_sam,
+    upsample_masks,
+)
 from plumbing.scenes import interior_points
 from reward import (
     ACCURACY_REWARDS,
@@ -34,7 +40,7 @@ from reward import (
     SamScorer,
     accuracy_reward,
     box_ious,
-intersection_and_union,
+    intersection_and_union,
     parse_answer,
     sam_prompt,
     score_completions,
