@@ -6,8 +6,8 @@ import re
 import warnings
 from typing import NamedTuple
 
-# A literal with an odd escape is still read. Filter this once: `warnings.catch_warnings` around each
-# answer would make Python forget which warnings of other modules it has shown.
+# A literal with an odd escape is still read. Filter this once: `warnings.catch_warnings` around
+# each answer would make Python forget which warnings of other modules it has shown.
 warnings.filterwarnings("ignore", "invalid (escape sequence|.* literal)")
 
 LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed

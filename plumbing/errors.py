@@ -11,7 +11,7 @@ class UserError(Exception):
     """Something that the user gave cannot be used: a file, a flag, a model.
 
     The message is one line. It names the file or the flag, what is wrong, and the mend. Raise it
-    where the data enters the program, and nowhere else: an error in our own code keeps its traceback.
+    where the data enters the program. An error in our own code keeps its traceback.
     """
 
 
