@@ -1,19 +1,31 @@
-"""settings.py - every setting of the commands, with its meaning and its source.
+"""settings.py - every setting of the commands, with its meaning, and the command line made of them.
 
 The defaults are those of the embedded models. A preset changes some of them, and a flag on the
 command line wins over both. "Paper" is what SAM-R1 used, *Assumed* marks what it leaves open. What
 nobody would change in a run of their own is a constant beside the code that uses it.
 """
 
+import dataclasses
+import json
 import math
-import operator
 from dataclasses import dataclass
+from pathlib import Path
 
-from plumbing.command_line import parse, setting
+from transformers import HfArgumentParser
+
+from plumbing.errors import UserError
+from plumbing.rewards import ACCURACY
 
 PRESETS = ("tiny", "qwen2b", "qwen3b", "qwen7b")
-# See `reward.accuracy_reward`, `reward.box_ious` and `reward.segzero_reward`.
-ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
+
+
+def setting(default, meaning: str, choices: tuple = (), least=None, most=None, above=None):
+    """A field of a settings class: its line in --help, and what its values may be."""
+    bounds = {"least": least, "most": most, "above": above}
+    metadata = {"help": meaning, "bounds": bounds}
+    if choices:
+        metadata["choices"] = list(choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -31,25 +43,28 @@ class Models:
     device: str = setting("auto", "auto takes cuda, then mps, then cpu; also cuda:N")
     dtype: str = setting(
         "auto",
-        "of the policy; auto: bfloat16 on a GPU, else float32. The adapter is always float32",
-        ("auto", "bfloat16", "float16", "float32"),
+        "of the policy; auto: bfloat16 on a GPU, else float32; 4bit: the language model's frozen "
+        "weights in NF4, needs bitsandbytes. The adapter is always float32",
+        ("auto", "bfloat16", "float16", "float32", "4bit"),
     )
-    load_in_4bit: bool = setting(
-        False, "hold the language model's frozen weights in 4 bit (NF4); needs bitsandbytes"
+    side: int = setting(
+        64, "images are resized to this square, pixels. Paper: 840", least=1, most=4096
     )
-    side: int = setting(64, "images are resized to this square, pixels. Paper: 840")
     prompt: str = setting(
         "brief",
         "full explains the task; brief is the query only, for a model that knows the task; segzero "
         "and visionreasoner ask as their checkpoints were trained, in other words",
         ("full", "brief", "segzero", "visionreasoner"),
     )
-    max_new_tokens: int = setting(48, "longest completion, tokens; the tiny model needs 30")
-    rollout_prompts: int = setting(64, "prompts that are decoded together, with all completions")
+    max_new_tokens: int = setting(
+        48, "longest completion, tokens; the tiny model needs 30", least=1, most=4096
+    )
     save_memory: int = setting(
         0,
         "0: no; 1: one prompt in a forward and backward pass, not a whole mini-batch; 2: recompute "
         "the layers in the backward pass too; 3: keep SAM in host memory too while it is unused",
+        least=0,
+        most=3,
     )
 
 
@@ -61,25 +76,31 @@ class Data:
         "shapes, refcocog|refcoco|refcoco+|reasonseg:ROOT[/SPLIT], or hub:NAME[@ROOT], a set of "
         "Hugging Face's hub or a local folder of parquet files. Paper: RefCOCOg",
     )
-    out: str = setting("", "folder of the run (default: one in runs/)")
+    out: str = setting("", "folder of the run (default: the next free one in runs/)")
     resume: bool = setting(False, "continue the run in --out")
-    overwrite: bool = setting(False, "delete an existing run in --out")
 
 
 @dataclass
 class Rollouts:
     _argument_group_name = "rollouts and reward"
     train_samples: int = setting(
-        3000, "size of the subset of RefCOCO's training split. Paper: 3,000 of 104,560"
+        3000,
+        "size of the subset of RefCOCO's training split. Paper: 3,000 of 104,560",
+        least=1,
     )
-    data_seed: int = setting(0, "seed for choosing the training samples: tools.fetch's --seed")
-    seed: int = setting(0, "seed of the adapter's weights, the order of samples, and sampling")
-    prompts_per_step: int = setting(8, "B, prompts in a step. *Assumed*: the paper does not say")
-    group_size: int = setting(8, "G, completions for each prompt. Paper: 8")
+    seed: int = setting(
+        0,
+        "seed of the adapter's weights, the order of samples, and sampling",
+        least=0,
+        most=2**63 - 1,
+    )
+    prompts_per_step: int = setting(
+        8, "B, prompts in a step. *Assumed*: the paper does not say", least=1
+    )
+    group_size: int = setting(8, "G, completions for each prompt. Paper: 8", least=2)
     temperature: float = setting(
-        1.0, "of sampling. *Assumed*; at 1 the policy is trained as it is sampled"
+        1.0, "of sampling. *Assumed*; at 1 the policy is trained as it is sampled", above=0
     )
-    top_p: float = setting(1.0, "nucleus sampling, 1 is off. *Assumed*")
     accuracy: str = setting(
         "tiered",
         "accuracy reward: tiered (paper), 4 above a fixed IoU, or 4 x the IoU (Table 3); also, "
@@ -91,35 +112,43 @@ class Rollouts:
 @dataclass
 class Objective:
     _argument_group_name = "objective and optimisation"
-    eps_low: float = setting(0.2, "clip ratios at 1 - eps_low. Paper: the usual 0.2")
-    eps_high: float = setting(0.3, "clip ratios at 1 + eps_high. Paper: 0.3")
+    eps_high: float = setting(0.3, "clip ratios at 0.8 and 1 + eps_high. Paper: 0.3", least=0)
     beta: float = setting(
-        0.005, "weight of the KL term. *Assumed* (Seg-Zero's); the paper keeps the term, Figure 4a"
+        0.005,
+        "weight of the KL term. *Assumed* (Seg-Zero's); the paper keeps the term, Figure 4a",
+        least=0,
     )
     normalise: str = setting(
         "token",
         "token: every token of a group counts the same (paper); sequence: every completion (GRPO)",
         ("token", "sequence"),
     )
-    steps: int = setting(200, "rollouts to learn from; the tiny model has levelled off by then")
-    epochs: int = setting(2, "passes over the completions of a step. *Assumed*")
+    steps: int = setting(
+        200, "rollouts to learn from; the tiny model has levelled off by then", least=0
+    )
+    epochs: int = setting(2, "passes over the completions of a step. *Assumed*", least=1)
     minibatches: int = setting(
-        2, "updates in a pass, each on its share of the prompts. *Assumed*; one clips nothing"
+        2,
+        "updates in a pass, each on its share of the prompts. *Assumed*; one clips nothing",
+        least=1,
     )
-    lr: float = setting(1e-3, "learning rate of AdamW. Paper: 1e-6 for full fine-tuning")
-    lr_decay: str = setting(
-        "linear", "linear to zero at the last step. *Assumed*", ("linear", "constant")
+    lr: float = setting(
+        1e-3,
+        "learning rate of AdamW. Paper: 1e-6 for full fine-tuning. It decays linearly",
+        above=0,
     )
-    lora_rank: int = setting(16, "rank of the adapter. Not in the paper, which trains all weights")
-    eval_samples: int = setting(256, "held-out samples before and after training")
-    save_every: int = setting(50, "steps between checkpoints and pictures")
+    lora_rank: int = setting(
+        16, "rank of the adapter. Not in the paper, which trains all weights", least=1, most=1024
+    )
+    eval_samples: int = setting(256, "held-out samples before and after training", least=1)
+    save_every: int = setting(50, "steps between checkpoints and pictures", least=1)
 
 
 @dataclass
 class EvalFlags:
     _argument_group_name = "evaluation"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model")
-    limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256")
+    limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256", least=0)
     protocol: str = setting(
         "lisa",
         "what giou and ciou count. lisa: ignored pixels are left out; segzero: they are target, "
@@ -142,7 +171,7 @@ class DemoFlags:
     _argument_group_name = "page"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model alone")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines ask too")
-    port: int = setting(7860, "port to listen on")
+    port: int = setting(7860, "port to listen on", least=1, most=65535)
 
 
 @dataclass
@@ -169,63 +198,102 @@ VIT_B = "vit_b:sam_vit_b_01ec64.pth"
 # One GPU. Paper: side, G, eps, 3,000 samples (375 steps of 8 prompts). *Assumed*: the rest.
 QWEN = dict(
     sam="vit_h:sam_vit_h_4b8939.pth", data="refcocog:data", side=840, prompt="full",
-    max_new_tokens=512, steps=375, lr=1e-5, lr_decay="constant", epochs=1, lora_rank=32,
-    rollout_prompts=8, save_memory=3, save_every=25,
+    max_new_tokens=512, steps=375, lr=1e-5, epochs=1, lora_rank=32, save_memory=3, save_every=25,
 )  # fmt: skip
 PRESET_VALUES = {
     "tiny": {},
-    "qwen2b": QWEN | dict(vlm="Qwen/Qwen3-VL-2B-Instruct", sam=VIT_B, rollout_prompts=3),
+    "qwen2b": QWEN | dict(vlm="Qwen/Qwen3-VL-2B-Instruct", sam=VIT_B),
     "qwen3b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct"),
-    "qwen7b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", rollout_prompts=4),
+    "qwen7b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct"),
 }
-# --resume may change how far a run goes, where things are, and how they are computed.
-MAY_CHANGE = set(
-    "steps vlm sam data device dtype out rollout_prompts save_memory save_every limit".split()
-)
+# Prompts that are decoded together, with all of their completions: what the preset's card holds.
+ROLLOUT_PROMPTS = {"tiny": 64, "qwen2b": 3, "qwen3b": 8, "qwen7b": 4}
 
-
-# Bounds of the numbers above. All of them must also be finite.
-AT_LEAST = {
-    0: "seed data_seed eps_low eps_high beta steps limit save_memory",
-    1: """side max_new_tokens rollout_prompts train_samples prompts_per_step epochs minibatches
-        lora_rank eval_samples save_every port""",
-    2: "group_size",  # the advantage compares the completions of a group
-}
-ABOVE = {0: "temperature top_p lr"}
-AT_MOST = {
-    1: "eps_low top_p",
-    3: "save_memory",
-    1024: "lora_rank",
-    4096: "side max_new_tokens",
-    65535: "port",
-    2**63 - 1: "seed data_seed",
-}
 CLASSES = {
     "train": (Settings, "Evaluate, train with GRPO, evaluate again."),
     "eval": (EvalSettings, "Compute the metrics of an adapter, or of the base model."),
     "segment": (SegmentSettings, "Segment what a query refers to in one picture."),
+    "demo": (DemoSettings, "A page that asks the base and the trained model."),
 }
+# --resume may change how far a run goes, where things are, and how they are computed.
+MAY_CHANGE = {*"steps vlm sam data device dtype out resume save_memory save_every limit".split()}
+
+
+def rollout_prompts(s) -> int:
+    return ROLLOUT_PROMPTS[s.preset]
+
+
+class Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def parse_settings(command: str, argv: list[str]):
-    """The settings of a command line. Bad values exit with code 2 and one line."""
+    """The settings of a command line. Raises UserError.
+
+    Values come from the defaults, then from the preset (or, with --resume, from the run in --out),
+    then from the flags.
+    """
     cls, about = CLASSES[command]
-    return parse(cls, argv, f"samr1_mini.py {command}", about, PRESET_VALUES, MAY_CHANGE, problem)
+
+    def parser() -> Parser:
+        groups = list(cls.__bases__)  # as --help shows them
+        usage = "%(prog)s [--flag value ...]"
+        program = f"samr1_mini.py {command}"
+        return Parser(groups, prog=program, usage=usage, description=about, allow_abbrev=False)
+
+    names = {field.name for field in dataclasses.fields(cls)}
+    given = parser().parse_args(argv)  # for --preset and --resume only
+    values = {k: v for k, v in PRESET_VALUES[given.preset].items() if k in names}
+    saved = {}
+    if getattr(given, "resume", False):
+        saved = read_config(given.out, names) | {"out": given.out, "resume": True}
+    filled = parser()
+    filled.set_defaults(**(values | saved))
+    settings = cls(**vars(filled.parse_args(argv)))
+    changed = [k for k in saved if k not in MAY_CHANGE and getattr(settings, k) != saved[k]]
+    if changed:
+        flags = ", ".join(f"--{name}" for name in changed)
+        raise UserError(f"--resume continues with the run's own {flags}: leave out what differs")
+    check(settings)
+    return settings
 
 
-def problem(s) -> str:
-    """What is wrong with the values of some settings, or ""."""
-    numbers = {k: v for k, v in vars(s).items() if type(v) in (int, float)}
-    for name, value in numbers.items():
+def read_config(out: str, names: set[str]) -> dict:
+    """The settings in the folder of a run. Raises UserError if they are not those of `names`."""
+    file = Path(out) / "config.json"
+    if not out or not file.is_file():
+        raise UserError(
+            f"--resume: there is no run in --out {out or '(not given)'}: name its folder"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"--resume: {file} is damaged ({error}): start another run") from error
+    if not isinstance(config, dict) or set(config) != names:
+        known = (
+            ", ".join(sorted(set(config) ^ names)) if isinstance(config, dict) else "no settings"
+        )
+        raise UserError(
+            f"--resume: {file} is of another version or command ({known}): start another run"
+        )
+    return config
+
+
+def check(s) -> None:
+    """Raise UserError if a number is outside its bounds."""
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        bounds = field.metadata["bounds"]
+        if type(value) not in (int, float):
+            continue
         if not math.isfinite(value):
-            return f"--{name} must be a finite number"
-    bounds = [(AT_LEAST, operator.ge, "at least"), (AT_MOST, operator.le, "at most")]
-    bounds.append((ABOVE, operator.gt, "above"))
-    for table, holds, words in bounds:
-        for bound, names in table.items():
-            for name in names.split():
-                if name in numbers and not holds(numbers[name], bound):
-                    return f"--{name} must be {words} {bound}"
+            raise UserError(f"--{field.name} must be a finite number")
+        if bounds["least"] is not None and value < bounds["least"]:
+            raise UserError(f"--{field.name} must be at least {bounds['least']}")
+        if bounds["most"] is not None and value > bounds["most"]:
+            raise UserError(f"--{field.name} must be at most {bounds['most']}")
+        if bounds["above"] is not None and value <= bounds["above"]:
+            raise UserError(f"--{field.name} must be above {bounds['above']}")
     if isinstance(s, Settings) and s.prompts_per_step % s.minibatches:
-        return f"--minibatches must divide --prompts_per_step, which is {s.prompts_per_step}"
-    return ""
+        raise UserError(f"--minibatches must divide --prompts_per_step, {s.prompts_per_step}")
