@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from plumbing.sources import load_data
 from tqdm import tqdm
 
 from data import BadSample, Sample
@@ -49,6 +48,7 @@ from plumbing.settings import (
     parse_settings,
     rollout_prompts,
 )
+from plumbing.sources import load_data
 from plumbing.vlm import Policy, Prompts, load_vlm
 from reward import SamPrompt, SamScorer, parse_answer, sam_prompt, score_completions
 

@@ -227,7 +227,7 @@ def read_picture(file: str) -> Image.Image:
     Raises UserError.
     """
     if not file:
-        raise UserError("name a picture")
+        raise UserError("--image: name the picture")
     try:
         picture = Image.open(file)
         if picture.mode.startswith(("I", "F")):

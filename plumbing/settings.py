@@ -19,12 +19,9 @@ from plumbing.rewards import ACCURACY
 PRESETS = ("tiny", "qwen2b", "qwen3b", "qwen7b")
 
 
-def setting(default, meaning: str, choices: tuple = (), least=None, most=None, above=None):
-    """A field of a settings class: its line in --help, and what its values may be."""
-    bounds = {"least": least, "most": most, "above": above}
-    metadata = {"help": meaning, "bounds": bounds}
-    if choices:
-        metadata["choices"] = list(choices)
+def setting(default, meaning: str, choices: tuple = ()):
+    """A field of a settings class, with its line in --help."""
+    metadata = {"help": meaning} | ({"choices": list(choices)} if choices else {})
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -47,24 +44,18 @@ class Models:
         "weights in NF4, needs bitsandbytes. The adapter is always float32",
         ("auto", "bfloat16", "float16", "float32", "4bit"),
     )
-    side: int = setting(
-        64, "images are resized to this square, pixels. Paper: 840", least=1, most=4096
-    )
+    side: int = setting(64, "images are resized to this square, pixels. Paper: 840")
     prompt: str = setting(
         "brief",
         "full explains the task; brief is the query only, for a model that knows the task; segzero "
         "and visionreasoner ask as their checkpoints were trained, in other words",
         ("full", "brief", "segzero", "visionreasoner"),
     )
-    max_new_tokens: int = setting(
-        48, "longest completion, tokens; the tiny model needs 30", least=1, most=4096
-    )
+    max_new_tokens: int = setting(48, "longest completion, tokens; the tiny model needs 30")
     save_memory: int = setting(
         0,
         "0: no; 1: one prompt in a forward and backward pass, not a whole mini-batch; 2: recompute "
         "the layers in the backward pass too; 3: keep SAM in host memory too while it is unused",
-        least=0,
-        most=3,
     )
 
 
@@ -84,22 +75,13 @@ class Data:
 class Rollouts:
     _argument_group_name = "rollouts and reward"
     train_samples: int = setting(
-        3000,
-        "size of the subset of RefCOCO's training split. Paper: 3,000 of 104,560",
-        least=1,
+        3000, "size of the subset of RefCOCO's training split. Paper: 3,000 of 104,560"
     )
-    seed: int = setting(
-        0,
-        "seed of the adapter's weights, the order of samples, and sampling",
-        least=0,
-        most=2**63 - 1,
-    )
-    prompts_per_step: int = setting(
-        8, "B, prompts in a step. *Assumed*: the paper does not say", least=1
-    )
-    group_size: int = setting(8, "G, completions for each prompt. Paper: 8", least=2)
+    seed: int = setting(0, "seed of the adapter's weights, the order of samples, and sampling")
+    prompts_per_step: int = setting(8, "B, prompts in a step. *Assumed*: the paper does not say")
+    group_size: int = setting(8, "G, completions for each prompt. Paper: 8")
     temperature: float = setting(
-        1.0, "of sampling. *Assumed*; at 1 the policy is trained as it is sampled", above=0
+        1.0, "of sampling. *Assumed*; at 1 the policy is trained as it is sampled"
     )
     accuracy: str = setting(
         "tiered",
@@ -112,43 +94,33 @@ class Rollouts:
 @dataclass
 class Objective:
     _argument_group_name = "objective and optimisation"
-    eps_high: float = setting(0.3, "clip ratios at 0.8 and 1 + eps_high. Paper: 0.3", least=0)
+    eps_high: float = setting(0.3, "clip ratios above 1 + eps_high. Paper: 0.3, and 0.2 below")
     beta: float = setting(
-        0.005,
-        "weight of the KL term. *Assumed* (Seg-Zero's); the paper keeps the term, Figure 4a",
-        least=0,
+        0.005, "weight of the KL term. *Assumed* (Seg-Zero's); the paper keeps the term, Figure 4a"
     )
     normalise: str = setting(
         "token",
         "token: every token of a group counts the same (paper); sequence: every completion (GRPO)",
         ("token", "sequence"),
     )
-    steps: int = setting(
-        200, "rollouts to learn from; the tiny model has levelled off by then", least=0
-    )
-    epochs: int = setting(2, "passes over the completions of a step. *Assumed*", least=1)
+    steps: int = setting(200, "rollouts to learn from; the tiny model has levelled off by then")
+    epochs: int = setting(2, "passes over the completions of a step. *Assumed*")
     minibatches: int = setting(
-        2,
-        "updates in a pass, each on its share of the prompts. *Assumed*; one clips nothing",
-        least=1,
+        2, "updates in a pass, each on its share of the prompts. *Assumed*; one clips nothing"
     )
     lr: float = setting(
-        1e-3,
-        "learning rate of AdamW. Paper: 1e-6 for full fine-tuning. It decays linearly",
-        above=0,
+        1e-3, "learning rate of AdamW. Paper: 1e-6 for full fine-tuning. It decays linearly"
     )
-    lora_rank: int = setting(
-        16, "rank of the adapter. Not in the paper, which trains all weights", least=1, most=1024
-    )
-    eval_samples: int = setting(256, "held-out samples before and after training", least=1)
-    save_every: int = setting(50, "steps between checkpoints and pictures", least=1)
+    lora_rank: int = setting(16, "rank of the adapter. Not in the paper, which trains all weights")
+    eval_samples: int = setting(256, "held-out samples before and after training")
+    save_every: int = setting(50, "steps between checkpoints and pictures")
 
 
 @dataclass
 class EvalFlags:
     _argument_group_name = "evaluation"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model")
-    limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256", least=0)
+    limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256")
     protocol: str = setting(
         "lisa",
         "what giou and ciou count. lisa: ignored pixels are left out; segzero: they are target, "
@@ -171,7 +143,7 @@ class DemoFlags:
     _argument_group_name = "page"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model alone")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines ask too")
-    port: int = setting(7860, "port to listen on", least=1, most=65535)
+    port: int = setting(7860, "port to listen on")
 
 
 @dataclass
@@ -208,6 +180,30 @@ PRESET_VALUES = {
 }
 # Prompts that are decoded together, with all of their completions: what the preset's card holds.
 ROLLOUT_PROMPTS = {"tiny": 64, "qwen2b": 3, "qwen3b": 8, "qwen7b": 4}
+
+# The smallest and the largest value of each number. All of them must also be finite.
+LARGEST = 2**63 - 1
+BOUNDS = {
+    "side": (1, 4096),
+    "max_new_tokens": (1, 4096),
+    "save_memory": (0, 3),
+    "train_samples": (1, LARGEST),
+    "seed": (0, LARGEST),
+    "prompts_per_step": (1, LARGEST),
+    "group_size": (2, LARGEST),  # the advantage compares the completions of a group
+    "temperature": (1e-4, LARGEST),
+    "eps_high": (0, LARGEST),
+    "beta": (0, LARGEST),
+    "steps": (0, LARGEST),
+    "epochs": (1, LARGEST),
+    "minibatches": (1, LARGEST),
+    "lr": (1e-12, LARGEST),
+    "lora_rank": (1, 1024),
+    "eval_samples": (1, LARGEST),
+    "save_every": (1, LARGEST),
+    "limit": (0, LARGEST),
+    "port": (1, 65535),
+}
 
 CLASSES = {
     "train": (Settings, "Evaluate, train with GRPO, evaluate again."),
@@ -282,18 +278,10 @@ def read_config(out: str, names: set[str]) -> dict:
 
 def check(s) -> None:
     """Raise UserError if a number is outside its bounds."""
-    for field in dataclasses.fields(s):
-        value = getattr(s, field.name)
-        bounds = field.metadata["bounds"]
-        if type(value) not in (int, float):
-            continue
-        if not math.isfinite(value):
-            raise UserError(f"--{field.name} must be a finite number")
-        if bounds["least"] is not None and value < bounds["least"]:
-            raise UserError(f"--{field.name} must be at least {bounds['least']}")
-        if bounds["most"] is not None and value > bounds["most"]:
-            raise UserError(f"--{field.name} must be at most {bounds['most']}")
-        if bounds["above"] is not None and value <= bounds["above"]:
-            raise UserError(f"--{field.name} must be above {bounds['above']}")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(s, name, least)
+        if not (math.isfinite(value) and least <= value <= most):
+            bounds = f"at least {least}" if most == LARGEST else f"from {least} to {most}"
+            raise UserError(f"--{name} {value}: it must be {bounds}")
     if isinstance(s, Settings) and s.prompts_per_step % s.minibatches:
         raise UserError(f"--minibatches must divide --prompts_per_step, {s.prompts_per_step}")
