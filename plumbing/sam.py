@@ -20,7 +20,6 @@ from segment_anything.modeling.image_encoder import Attention
 
 from plumbing.devices import to_device
 from plumbing.errors import UserError, reason_of
-from plumbing.sam2 import Sam2, load_sam2
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "sam.safetensors"
 
@@ -99,8 +98,8 @@ def build_sam(
     return sam.eval().requires_grad_(False)
 
 
-def load_sam(spec: str) -> Sam | Sam2:
-    """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU.
+def load_sam(spec: str) -> Sam:
+    """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU. Or a Sam2.
 
     spec: "tiny" (part of this repository), or "vit_b:FILE", "vit_l:FILE", "vit_h:FILE" with an
           official checkpoint, or "sam2:MODEL", see `plumbing.sam2.load_sam2`.
@@ -108,6 +107,8 @@ def load_sam(spec: str) -> Sam | Sam2:
     """
     size, _, path = spec.partition(":")
     if size == "sam2":
+        from plumbing.sam2 import load_sam2  # few runs need it, and its imports take time
+
         return load_sam2(path)
     if size not in SAM_SIZES:
         raise UserError(f"--sam {spec}: no SAM is called {size!r}: use {KNOWN_SAMS}")

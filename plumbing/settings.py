@@ -139,31 +139,18 @@ class SegmentFlags:
 
 
 @dataclass
-class DemoFlags:
-    _argument_group_name = "page"
-    adapter: str = setting("none", "folder of a trained adapter, or none for the base model alone")
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines ask too")
-    port: int = setting(7860, "port to listen on")
-
-
-@dataclass
 class Settings(Models, Data, Rollouts, Objective):
-    """Settings of `train`."""
+    """Evaluate, train with GRPO, evaluate again."""
 
 
 @dataclass
 class EvalSettings(Models, Data, EvalFlags):
-    """Settings of `eval`."""
+    """Compute the metrics of an adapter, or of the base model."""
 
 
 @dataclass
 class SegmentSettings(Models, SegmentFlags):
-    """Settings of `segment`."""
-
-
-@dataclass
-class DemoSettings(Models, DemoFlags):
-    """Settings of `python -m tools.demo`."""
+    """Segment what a query refers to in one picture."""
 
 
 VIT_B = "vit_b:sam_vit_b_01ec64.pth"
@@ -205,12 +192,7 @@ BOUNDS = {
     "port": (1, 65535),
 }
 
-CLASSES = {
-    "train": (Settings, "Evaluate, train with GRPO, evaluate again."),
-    "eval": (EvalSettings, "Compute the metrics of an adapter, or of the base model."),
-    "segment": (SegmentSettings, "Segment what a query refers to in one picture."),
-    "demo": (DemoSettings, "A page that asks the base and the trained model."),
-}
+CLASSES = {"train": Settings, "eval": EvalSettings, "segment": SegmentSettings}
 # --resume may change how far a run goes, where things are, and how they are computed.
 MAY_CHANGE = {*"steps vlm sam data device dtype out resume save_memory save_every limit".split()}
 
@@ -225,17 +207,21 @@ class Parser(HfArgumentParser):
 
 
 def parse_settings(command: str, argv: list[str]):
-    """The settings of a command line. Raises UserError.
+    """The settings of a command of samr1_mini.py, see `parse`."""
+    return parse(CLASSES[command], argv, program=f"samr1_mini.py {command}")
 
-    Values come from the defaults, then from the preset (or, with --resume, from the run in --out),
-    then from the flags.
+
+def parse(cls: type, argv: list[str], program: str):
+    """An instance of the settings class `cls` from a command line. Raises UserError.
+
+    The bases of `cls` are the groups in --help. Values come from the defaults, then from the preset
+    (or, with --resume, from the run in --out), then from the flags.
     """
-    cls, about = CLASSES[command]
 
     def parser() -> Parser:
-        groups = list(cls.__bases__)  # as --help shows them
         usage = "%(prog)s [--flag value ...]"
-        program = f"samr1_mini.py {command}"
+        about = cls.__doc__
+        groups = list(cls.__bases__)
         return Parser(groups, prog=program, usage=usage, description=about, allow_abbrev=False)
 
     names = {field.name for field in dataclasses.fields(cls)}

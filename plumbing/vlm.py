@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import Sample, messages
-from plumbing.devices import choose_device, choose_dtype, four_bit, keep_gradients
+from plumbing.devices import choose_device, choose_dtype
 from plumbing.errors import UserError, reason_of
 
 # peft asks for this property of every model. The warning does not concern the user.
@@ -68,24 +67,6 @@ def encode_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> P
     return Prompts(inputs["input_ids"], inputs["attention_mask"].bool(), positions, vision)
 
 
-def append_tokens(prompts: Prompts, tokens: list[list[int]]) -> Prompts:
-    """B prompts, each followed by tokens that count as the start of its completion.
-
-    Their positions continue after the prompt's largest one, as those of sampled tokens do.
-    """
-    ids, positions = [], []
-    for b, more in enumerate(tokens):
-        keep = prompts.mask[b]
-        before = prompts.positions[:, b, keep]  # (3, P)
-        after = before.max() + 1 + torch.arange(len(more))
-        ids.append(torch.cat([prompts.ids[b, keep], torch.tensor(more, dtype=torch.int64)]))
-        positions.append(torch.cat([before, after.expand(3, -1)], 1).T)
-    left = {"batch_first": True, "padding_side": "left"}
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], **left)
-    positions = pad_sequence(positions, **left).permute(2, 0, 1)
-    return Prompts(pad_sequence(ids, **left), mask, positions, prompts.vision)
-
-
 @dataclass
 class Policy:
     """A VLM with its processor, and how it is asked."""
@@ -106,12 +87,8 @@ class Policy:
         """The number it writes for the far edge of the image, see `reward.sam_prompt`."""
         return self.side if self.coordinates == "pixels" else 1000
 
-    def read(self, samples: list[Sample], starts: list[str] | None = None) -> Prompts:
-        """Tokenise the queries and encode the images, resized without keeping the aspect ratio.
-
-        starts: texts with which the completions begin; the policy continues after them. A thinking
-                model's <think> may be part of them: it stands in the prompt once.
-        """
+    def read(self, samples: list[Sample]) -> Prompts:
+        """Tokenise the queries and encode the images, resized without keeping the aspect ratio."""
         chats = [messages(one.query, self.prompt, self.coordinates, self.side) for one in samples]
         images = [one.image.resize((self.side, self.side)) for one in samples]
         texts = self.processor.apply_chat_template(
@@ -120,12 +97,7 @@ class Policy:
         inputs = self.processor(
             text=texts, images=images, return_tensors="pt", padding=True, padding_side="left"
         )
-        prompts = encode_prompts(self.model, inputs)
-        if starts is None:
-            return prompts
-        starts = [start.removeprefix(self.opening) for start in starts]
-        tokens = self.processor.tokenizer(starts, add_special_tokens=False)["input_ids"]
-        return append_tokens(prompts, tokens)
+        return encode_prompts(self.model, inputs)
 
     def texts(self, completions) -> list[list[str]]:
         """Completions (B, G, T) as B lists of G texts, without their end-of-text tokens.
@@ -167,7 +139,11 @@ def load_vlm(
     device = choose_device(device)
     in_4bit = dtype == "4bit"
     dtype = choose_dtype(dtype, device, tiny=name == "tiny")
-    options = four_bit(name == "tiny", dtype, device) if in_4bit else {}
+    options = {}
+    if in_4bit:
+        from plumbing.four_bit import four_bit, keep_gradients
+
+        options = four_bit(name == "tiny", dtype, device)
     path = vlm_path(name)
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise UserError(f"--vlm {name}: there is no such folder")
@@ -182,7 +158,8 @@ def load_vlm(
         patch = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
         raise UserError(f"--vlm {name}: it cannot be loaded ({reason_of(error)})") from error
-    keep_gradients(model)
+    if in_4bit:
+        keep_gradients(model)
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # such small matrices are slower when threads share them
     if name == "tiny":
