@@ -4,13 +4,7 @@ from pathlib import Path
 
 from data import ReasonSeg, RefCOCO, Shapes
 from plumbing.errors import UserError
-
-SPLITS = {
-    "refcocog": ("train", "val", "test"),
-    "refcoco": ("train", "val", "testA", "testB"),
-    "refcoco+": ("train", "val", "testA", "testB"),
-    "reasonseg": ("train", "val", "test"),
-}
+from plumbing.photos import SPLITS
 
 
 def load_data(spec: str, split: str, samples: int = 3000):
