@@ -5,7 +5,6 @@ to. RefCOCO and ReasonSeg are in test_photos.py.
 """
 
 import hashlib
-
 import json
 import random
 import re
