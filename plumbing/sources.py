@@ -22,7 +22,7 @@ def load_data(spec: str, split: str, samples: int = 3000):
     try:
         if spec == "shapes":
             return Shapes(split)
-        if spec.startswith("hub:"):
+        if spec.startswith("hub:") and spec != "hub:":
             from plumbing.hub import open_hub  # few runs need it, and its imports take time
 
             return open_hub(spec.removeprefix("hub:"), split, samples)
