@@ -52,12 +52,10 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    # exercise 5: advantages within a group
     # Subtract the group's first reward, so that equal rewards become exact zeros. Otherwise their
     # mean can differ from them by rounding, and eps makes small advantages of that.
     rewards = rewards - rewards[..., :1]
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
-    # end of exercise 5
 
 
 def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -69,10 +67,8 @@ def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     >>> k3_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.25]).log())
     tensor([0.0000, 0.1931])
     """
-    # exercise 6: the KL estimate
     log_q = reference - logprobs
     return log_q.expm1() - log_q
-    # end of exercise 6
 
 
 def clip_side(
@@ -131,7 +127,6 @@ def grpo_loss(
     """
     if normalise not in ("token", "sequence"):
         raise ValueError(f"normalise is {normalise!r}: use 'token' or 'sequence'")
-    # exercise 7: the clipped token-level loss
     ratio = (logprobs - old).exp()  # (B, G, T)
     advantage = advantages[..., None]  # (B, G, 1)
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
@@ -142,7 +137,6 @@ def grpo_loss(
         value = value.sum((1, 2)) / mask.sum((1, 2))
     else:
         value = (value.sum(2) / mask.sum(2)).mean(1)
-    # end of exercise 7: leaves ratio and kl (B, G, T), advantage (B, G, 1), and value (B,), each J
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         return (x * mask).sum() / mask.sum()
@@ -236,7 +230,6 @@ def rollout(
     [[5, 9, any], [7, 7, 7]] and mask is [[1, 1, 0], [1, 1, 1]].
     """
     decoder, logits = prefill(base(model), prompts, G, max_new_tokens)  # logits (B * G, V)
-    # exercise 8: the sampling loop
     tokens, mask = [], []
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for t in range(max_new_tokens):
@@ -249,7 +242,6 @@ def rollout(
         if t + 1 == max_new_tokens or (look and finished.all()):
             break
         logits = decoder.step(tokens[-1])
-    # end of exercise 8: leaves tokens and mask, lists with one tensor (B * G,) for each step
     ids, mask = (torch.stack(x, -1).view(len(prompts), G, -1).cpu() for x in (tokens, mask))
     return Completions(ids, mask)
 
@@ -334,7 +326,6 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
     >>> sources, targets
     (tensor([1, 2, 1]), tensor([5, 9, 6]))
     """
-    # exercise 9: rows, positions and segments
     B, G, T = completions.ids.shape
     place = torch.arange(T).expand(G, T)
     number = torch.arange(1, G + 1)[:, None].expand(G, T)
@@ -358,7 +349,6 @@ def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]
         torch.cat([b * L + source for b, source in enumerate(sources)]),
         completions.ids[completions.mask],
     )
-    # end of exercise 9
 
 
 def may_attend(segments: torch.Tensor) -> torch.Tensor:
@@ -375,10 +365,8 @@ def may_attend(segments: torch.Tensor) -> torch.Tensor:
              [1, 1, 0, 0, 1, 0],
              [1, 1, 0, 0, 1, 1]]], dtype=torch.int32)
     """
-    # exercise 9: who sees whom in a packed row
     same = segments[:, :, None] == segments[:, None, :]
     return ((segments == 0)[:, None, :] | same).tril()
-    # end of exercise 9
 
 
 def head_logprobs(
@@ -428,7 +416,6 @@ def group_logprobs(
     The model needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """
     vlm = base(model)  # vlm.model returns hidden states (B, L, width), vlm.lm_head their logits
-    # exercise 10: log-probs with a shared prompt
     packed = (to_device(x, vlm.device) for x in pack(prompts, completions))
     rows, positions, segments, sources, targets = packed
     hidden = vlm.model(
@@ -447,4 +434,3 @@ def group_logprobs(
     mask = to_device(completions.mask, vlm.device)
     zeros = torch.zeros(mask.shape, device=vlm.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
-    # end of exercise 10

@@ -64,7 +64,6 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     >>> answer.think_format, answer.answer_format, answer.box, answer.points, answer.thought
     (True, False, (1.0, 2.0, 5.5, 6.0), ((3.0, 4.0),), 'the red one')
     """
-    # exercise 1: read an answer and judge its two formats
     think = find_block(text, "<think>", "</think>")
     answer = last_block(think.after if think else text, "<answer>", "</answer>")
     data = answer_fields(answer.inside, style) if answer else {}
@@ -78,7 +77,6 @@ def parse_answer(text: str, style: str = "full") -> Answer:
         think_format = not (think.before + answer.before + answer.after).strip()
     answer_format = box is not None and len(points) == points_asked(style)
     return Answer(think_format, answer_format, box, points, thought, data.get("objects", 1))
-    # end of exercise 1
 
 
 class SamPrompt(NamedTuple):
@@ -128,9 +126,7 @@ class Overlap(NamedTuple):
     @property
     def iou(self) -> torch.Tensor:
         """Intersection / union, and 1 where both masks are empty (the metric's convention)."""
-        # exercise 3: IoU, also of two empty masks
         return torch.where(self.union > 0, self.intersection / self.union.clamp(min=1), 1.0)
-        # end of exercise 3
 
 
 def intersection_and_union(
@@ -147,13 +143,11 @@ def intersection_and_union(
     >>> intersection_and_union(masks, truth, ignore)
     (tensor([1., 2.]), tensor([2., 2.]))
     """
-    # exercise 3: pixels in the intersection and in the union, without the ignored ones
     intersection, union = masks & truth, masks | truth  # (G, H, W)
     if ignore is not None:
         intersection, union = intersection & ~ignore, union & ~ignore
     # Counting in int32 is faster than in int64, torch's default.
     return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (intersection, union))
-    # end of exercise 3
 
 
 class SamScorer:
@@ -274,12 +268,10 @@ def tiered_reward(iou: torch.Tensor) -> torch.Tensor:
     >>> tiered_reward(torch.tensor([0.50, 0.51, 0.70, 0.75, 0.81]))
     tensor([0., 2., 2., 3., 4.])
     """
-    # exercise 4: the tiers
     reward = torch.zeros_like(iou)
     for threshold, value in TIERS:
         reward = torch.where(iou > threshold, value, reward)
     return reward
-    # end of exercise 4
 
 
 def accuracy_reward(iou: torch.Tensor, kind: str) -> torch.Tensor:

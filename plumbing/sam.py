@@ -293,7 +293,6 @@ def decode_masks(
     embedding. Only the sum counts. So pass zeros as the image embedding and add each image's
     embedding to its prompt's dense embedding.
     """
-    # exercise 2: prompts on B images in one call of the decoder
     no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
     return sam.mask_decoder.predict_masks(
         image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),
@@ -301,7 +300,6 @@ def decode_masks(
         sparse_prompt_embeddings=embed_prompts(sam.prompt_encoder, boxes, points),
         dense_prompt_embeddings=embeddings[image_index] + no_mask,
     )
-    # end of exercise 2
 
 
 def upsample_masks(
