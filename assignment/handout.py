@@ -34,7 +34,7 @@ class Exercise(NamedTuple):
 EXERCISES = {
     1: Exercise("an answer and its two formats", 10, "reward.py", ["parse_answer"]),
     2: Exercise("pixels and IoU", 10, "reward.py", ["intersection_and_union", "Overlap.iou"]),
-    3: Exercise("prompts on many images in one call", 10, "plumbing/sam.py", ["decode_masks"]),
+    3: Exercise("prompts on many images in one call", 10, "reward.py", ["decode_masks"]),
     4: Exercise("the tiers", 5, "reward.py", ["tiered_reward"]),
     5: Exercise("advantages within a group", 5, "grpo.py", ["group_advantages"]),
     6: Exercise("the KL estimate", 5, "grpo.py", ["k3_kl"]),
