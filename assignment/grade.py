@@ -39,6 +39,8 @@ from assignment.handout import EXERCISES, ROOT, SCRIPTS, find_functions, handout
 from plumbing.errors import UserError, exit_with_one_line
 
 TESTS = ["tests/test_reward.py", "tests/test_grpo.py"]  # the files with marked tests
+# What a test process inherits: none of the lecturer's tokens.
+INHERITED = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "TEMP", "SYSTEMROOT")
 
 # A solution may end the session early. Then pytest's report is partial, and there is no `finished`.
 PLUGIN = """
@@ -96,7 +98,7 @@ def run_tests(tree: Path, number: int, files: list[str], limit: float) -> tuple[
     (tree / "pytest.ini").write_text("[pytest]\n")  # else pytest searches the parent folders
     (tree / "finished_plugin.py").write_text(PLUGIN)
     options = "-q -s --tb=line -p no:cacheprovider -p finished_plugin --junitxml report.xml".split()
-    environment = {name: os.environ[name] for name in os.environ if not name.startswith("PY")}
+    environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, "-m", f"exercise_{number}", *files],
