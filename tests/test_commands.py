@@ -19,7 +19,6 @@ import torch
 from makers import make_reasonseg, make_refcocog
 from PIL import Image
 from segment_anything import sam_model_registry
-from transformers import AutoModelForImageTextToText
 
 import reward
 import samr1_mini
@@ -269,34 +268,6 @@ def test_segment_answers_as_eval_does(evaluated, tmp_path, capsys):
     run("segment --image", tmp_path / "scene.png", *flags)
     printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert printed["completion"] == rows[0]["answer"] and printed["bbox"] == rows[0]["box"]
-
-
-@pytest.mark.slow
-def test_a_merged_model_loads_with_plain_transformers_and_answers_the_same(trained, tmp_path):
-    merge.main(["--adapter", str(trained / "adapter"), "--out", str(tmp_path / "merged")])
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
-    run("eval --limit 8 --vlm", tmp_path / "merged", "--out", tmp_path / "a")
-    run("eval --limit 8 --adapter", trained / "adapter", "--out", tmp_path / "b")
-    assert answers(tmp_path / "a") == answers(tmp_path / "b")
-
-
-def test_bad_arguments_of_merge_get_one_line(trained, tmp_path, capsys):
-    adapter, empty = str(trained / "adapter"), tmp_path / "empty"
-    empty.mkdir()
-    shutil.copytree(trained / "adapter", tmp_path / "alone")  # its run is not beside it
-    cases = {
-        "adapter_config.json": ["--adapter", str(empty), "--out", str(tmp_path / "a")],
-        "--vlm": ["--adapter", str(tmp_path / "alone"), "--out", str(tmp_path / "a")],
-        "--out": ["--adapter", adapter, "--out", adapter],
-    }
-    for named, arguments in cases.items():
-        with pytest.raises(SystemExit) as stopped:
-            merge.main(arguments)
-        lines = capsys.readouterr().err.splitlines()
-        lines = [line for line in lines if line.startswith("samr1_mini.py")]
-        assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0]
-    assert not (tmp_path / "a").exists()
 
 
 # --------------------------------------------------------------------------------------------------

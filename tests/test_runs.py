@@ -20,7 +20,6 @@ from data import BadSample, Shapes
 from grpo import Completions
 from plumbing import command_line, runs, settings
 from plumbing.settings import parse_settings
-from tools import merge
 
 ROOT = Path(runs.__file__).parent.parent
 
@@ -422,17 +421,6 @@ def test_a_config_with_values_of_another_type_is_refused(name, value, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {key: wrong}))
         with pytest.raises(ValueError, match=f"config.json is damaged .{key}: "):
             command_line.read_config(tmp_path, settings.Settings)
-
-
-def test_messages_name_the_program_that_runs(tmp_path, monkeypatch, capsys):
-    """Here it is a tool: conftest.py gives every test the name of samr1_mini.py."""
-    argv = [merge.__file__, "--adapter", str(tmp_path), "--out", str(tmp_path / "merged")]
-    monkeypatch.setattr(sys, "argv", argv)  # as Python sets it for `python -m tools.merge`
-    with pytest.raises(SystemExit) as stopped:
-        merge.main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
-    assert said.startswith(f"merge.py: --adapter {tmp_path}: it has no adapter_config")
 
 
 def test_an_error_about_a_file_is_one_line_and_a_bug_keeps_its_traceback(capsys):
