@@ -28,14 +28,15 @@ L tokens of a packed row, V tokens in the vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, StaticCache
+from transformers import Cache
 
 from plumbing.devices import to_device
-from plumbing.vlm import Prompts, base, record_graph
+from plumbing.vlm import Prompts, base
 
 # --------------------------------------------------------------------------------------------------
 # The mathematics
@@ -52,12 +53,10 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    # exercise 5: advantages within a group
     # Subtract the group's first reward, so that equal rewards become exact zeros. Otherwise their
     # mean can differ from them by rounding, and eps makes small advantages of that.
     rewards = rewards - rewards[..., :1]
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
-    # end of exercise 5
 
 
 def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -69,10 +68,71 @@ def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     >>> k3_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.25]).log())
     tensor([0.0000, 0.1931])
     """
-    # exercise 6: the KL estimate
     log_q = reference - logprobs
     return log_q.expm1() - log_q
-    # end of exercise 6
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    reference: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    eps_low: float = 0.2,
+    eps_high: float = 0.3,
+    beta: float = 0.005,
+    normalise: str = "token",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """The negative of J, averaged over the prompts; statistics to log; `clip_side` of each token.
+
+    logprobs, old, reference: (B, G, T) log-probs of the sampled tokens under the policy (with
+                gradient), the policy that sampled them, and the reference (None if beta is 0).
+    advantages: (B, G).
+    mask:       (B, G, T) bool, True on a completion's tokens, its end-of-text token included.
+    normalise:  "token": 1 / sum_i |o_i|, every token of a group has the same weight (the paper;
+                DAPO, sec. 3.3). "sequence": 1/G sum_i 1/|o_i|, every completion has the same
+                weight, so a long bad answer is penalised less per token (GRPO).
+
+    Statistics: kl and ratio (means over the tokens), clip_low and clip_high (shares of them).
+    Clip sides are (B, G, T) int32: -1 clipped below, 1 above, 0 not clipped.
+
+    One prompt, completions of one and of three tokens. The first token's ratio is above 1.3:
+
+    >>> old = torch.zeros(1, 2, 3)
+    >>> new = torch.tensor([[[1.5, 1.0, 1.0], [0.9, 1.0, 1.1]]]).log()
+    >>> mask = torch.tensor([[[True, False, False], [True, True, True]]])
+    >>> advantages = torch.tensor([[1.0, -1.0]])
+    >>> loss, statistics, side = grpo_loss(new, old, None, advantages, mask, beta=0.0)
+    >>> loss  # -(1.3 - 0.9 - 1.0 - 1.1) / 4
+    tensor(0.4250)
+    >>> statistics["clip_high"]
+    tensor(0.2500)
+    >>> grpo_loss(new, old, None, advantages, mask, beta=0.0, normalise="sequence")[0]
+    tensor(-0.1500)
+    """
+    ratio = (logprobs - old).exp()  # (B, G, T)
+    advantage = advantages[..., None]  # (B, G, 1)
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    surrogate = torch.min(ratio * advantage, clipped * advantage)
+    kl = k3_kl(logprobs, reference) if beta > 0 else torch.zeros_like(surrogate)
+    gain = (surrogate - beta * kl) * mask  # (B, G, T)
+    if normalise == "token":
+        objective = gain.sum((1, 2)) / mask.sum((1, 2))  # (B,)
+    else:
+        objective = (gain.sum(2) / mask.sum(2)).mean(1)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (x * mask).sum() / mask.sum()
+
+    with torch.no_grad():
+        side = clip_side(ratio, advantage, eps_low, eps_high)
+        statistics = {
+            "kl": mean(kl),
+            "ratio": mean(ratio),
+            "clip_low": mean(side == -1),
+            "clip_high": mean(side == 1),
+        }
+    return -objective.mean(), statistics, side
 
 
 def clip_side(
@@ -92,88 +152,18 @@ def clip_side(
     return above.int() - below.int()
 
 
-def grpo_loss(
-    logprobs: torch.Tensor,
-    old: torch.Tensor,
-    reference: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    eps_low: float = 0.2,
-    eps_high: float = 0.3,
-    beta: float = 0.005,
-    normalise: str = "token",
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The negative of J, averaged over the prompts, and statistics to log.
-
-    logprobs, old, reference: (B, G, T) log-probs of the sampled tokens under the policy (with
-                gradient), the policy that sampled them, and the reference (None if beta is 0).
-    advantages: (B, G).
-    mask:       (B, G, T) bool, True on a completion's tokens, its end-of-text token included.
-    normalise:  "token": 1 / sum_i |o_i|, every token of a group has the same weight (the paper;
-                DAPO, sec. 3.3). "sequence": 1/G sum_i 1/|o_i|, every completion has the same
-                weight, so a long bad answer is penalised less per token (GRPO).
-
-    Statistics: kl and ratio (means over the tokens), clip_low and clip_high (shares of them).
-
-    One prompt, completions of one and of three tokens. The first token's ratio is above 1.3:
-
-    >>> old = torch.zeros(1, 2, 3)
-    >>> new = torch.tensor([[[1.5, 1.0, 1.0], [0.9, 1.0, 1.1]]]).log()
-    >>> mask = torch.tensor([[[True, False, False], [True, True, True]]])
-    >>> advantages = torch.tensor([[1.0, -1.0]])
-    >>> loss, statistics = grpo_loss(new, old, None, advantages, mask, beta=0.0)
-    >>> loss  # -(1.3 - 0.9 - 1.0 - 1.1) / 4
-    tensor(0.4250)
-    >>> statistics["clip_high"]
-    tensor(0.2500)
-    >>> grpo_loss(new, old, None, advantages, mask, beta=0.0, normalise="sequence")[0]
-    tensor(-0.1500)
-    """
-    if normalise not in ("token", "sequence"):
-        raise ValueError(f"normalise is {normalise!r}: use 'token' or 'sequence'")
-    # exercise 7: the clipped token-level loss
-    ratio = (logprobs - old).exp()  # (B, G, T)
-    advantage = advantages[..., None]  # (B, G, 1)
-    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
-    surrogate = torch.min(ratio * advantage, clipped * advantage)  # see `clip_side`
-    kl = k3_kl(logprobs, reference) if beta > 0 else torch.zeros_like(surrogate)
-    value = (surrogate - beta * kl) * mask  # (B, G, T)
-    if normalise == "token":
-        value = value.sum((1, 2)) / mask.sum((1, 2))
-    else:
-        value = (value.sum(2) / mask.sum(2)).mean(1)
-    # end of exercise 7: leaves ratio and kl (B, G, T), advantage (B, G, 1), and value (B,), each J
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return (x * mask).sum() / mask.sum()
-
-    with torch.no_grad():
-        side = clip_side(ratio, advantage, eps_low, eps_high)
-        statistics = {"kl": mean(kl), "ratio": mean(ratio)}
-        statistics |= {"clip_low": mean(side == -1), "clip_high": mean(side == 1)}
-    return -value.mean(), statistics
-
-
 def choose_token(
-    logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+    logits: torch.Tensor, temperature: float, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Sample one token for each row: logits (N, V) -> (N,). At temperature 0 take the most likely.
 
-    top_p < 1 is nucleus sampling: sample from the smallest set of most likely tokens whose
-    probabilities sum to at least top_p.
-
-    >>> choose_token(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0, top_p=1.0, generator=None)
+    >>> choose_token(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0, generator=None)
     tensor([1])
     """
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p == 1:
-        return probabilities.multinomial(1, generator=generator)[:, 0]
-    ranked, order = probabilities.sort(-1, descending=True)
-    # Drop tokens once the preceding probability mass reaches top_p.
-    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
-    return order.gather(-1, ranked.multinomial(1, generator=generator))[:, 0]
+    return probabilities.multinomial(1, generator=generator)[:, 0]
 
 
 def token_logprobs(
@@ -181,8 +171,8 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the given tokens, and the entropies. logits (N, V), tokens (N,) -> (N,), (N,).
 
-    The distribution is the one that tokens are sampled from (except for top_p): with the same
-    temperature, and without the `banned` tokens.
+    The distribution is the one that tokens are sampled from: with the same temperature, and without
+    the `banned` tokens.
     """
     logprobs = mask_banned(logits.float() / temperature, banned).log_softmax(-1)
     entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
@@ -215,6 +205,37 @@ class Completions:
         return ~torch.isin(last, end.to(last.device))
 
 
+class Decoder:
+    """Computes the logits of the next token for N = B x G rows, one step after the other.
+
+    Keys and values of all tokens so far are in a cache that grows by one token in each step.
+    `plumbing.decoding.StaticDecoder` does the same in memory of fixed size, which a GPU needs to be
+    fast. The two take the same arguments, so `rollout` can use either.
+    """
+
+    def __init__(self, vlm, cache: Cache, prompts: Prompts, G: int, max_new_tokens: int):
+        """cache: keys and values of the B prompts. Each of them is repeated for G completions."""
+        cache.batch_repeat_interleave(G)
+        last = prompts.positions.amax((0, 2)).repeat_interleave(G)  # (N,), of the prompt's tokens
+        self.vlm = vlm
+        self.cache = cache
+        self.visible = prompts.mask.repeat_interleave(G, 0).to(vlm.device)  # (N, P), grows
+        self.positions = last.expand(3, -1)[..., None].to(vlm.device)  # (3, N, 1)
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Append one token to each row, (N,), and return the logits of the next, (N, V)."""
+        self.visible = F.pad(self.visible, (0, 1), value=True)
+        self.positions = self.positions + 1  # text has three equal numbers that count up
+        out = self.vlm(
+            input_ids=token[:, None],
+            attention_mask=self.visible,
+            position_ids=self.positions,
+            cache=self.cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1]
+
+
 @torch.no_grad()
 def rollout(
     model: torch.nn.Module,
@@ -224,23 +245,34 @@ def rollout(
     end: torch.Tensor,
     banned: torch.Tensor,
     temperature: float = 1.0,
-    top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    decoder: type = Decoder,
 ) -> Completions:
     """Sample G completions for each prompt. The model must be in eval mode: gradient checkpointing
     in train mode would turn the cache off.
 
-    end: (E,) tokens that end a completion. banned: tokens that are never sampled.
+    end:     (E,) tokens that end a completion.
+    banned:  tokens that are never sampled.
+    decoder: the class that computes one step, see `Decoder`.
 
     Let 9 be the end. If row 1 samples tokens 5, 9 and row 2 samples 7, 7, 7, then ids are
     [[5, 9, any], [7, 7, 7]] and mask is [[1, 1, 0], [1, 1, 1]].
     """
-    decoder, logits = prefill(base(model), prompts, G, max_new_tokens)  # logits (B * G, V)
-    # exercise 8: the sampling loop
+    vlm = base(model)
+    prefilled = vlm(  # each prompt goes through the model once, not G times
+        input_ids=prompts.ids.to(vlm.device),
+        attention_mask=prompts.mask.to(vlm.device),
+        position_ids=prompts.positions.to(vlm.device),
+        mm_encoder_outputs={"image": prompts.vision},  # features in place of pixels
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    decode = decoder(vlm, prefilled.cache, prompts, G, max_new_tokens)
+    logits = prefilled.logits[:, -1].repeat_interleave(G, 0)  # (B * G, V)
     tokens, mask = [], []
-    finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)  # (B * G,)
     for t in range(max_new_tokens):
-        token = choose_token(mask_banned(logits.float(), banned), temperature, top_p, generator)
+        token = choose_token(mask_banned(logits.float(), banned), temperature, generator)
         tokens.append(torch.where(finished, end[0], token))  # finished rows go on, but do not count
         mask.append(~finished)
         finished = finished | torch.isin(token, end)
@@ -248,117 +280,65 @@ def rollout(
         look = logits.device.type == "cpu" or t % 16 == 15
         if t + 1 == max_new_tokens or (look and finished.all()):
             break
-        logits = decoder.step(tokens[-1])
-    # end of exercise 8: leaves tokens and mask, lists with one tensor (B * G,) for each step
-    ids, mask = (torch.stack(x, -1).view(len(prompts), G, -1).cpu() for x in (tokens, mask))
-    return Completions(ids, mask)
-
-
-def prefill(vlm, prompts: Prompts, G: int, max_new_tokens: int) -> tuple["Decoder", torch.Tensor]:
-    """Run each prompt once. Returns a decoder for N = B x G rows, and their first logits (N, V)."""
-    out = vlm(
-        input_ids=prompts.ids.to(vlm.device),
-        attention_mask=prompts.mask.to(vlm.device),
-        position_ids=prompts.positions.to(vlm.device),
-        mm_encoder_outputs={"image": prompts.vision},
-        use_cache=True,
-        logits_to_keep=1,
+        logits = decode.step(tokens[-1])
+    return Completions(
+        ids=torch.stack(tokens, -1).view(len(prompts), G, -1).cpu(),
+        mask=torch.stack(mask, -1).view(len(prompts), G, -1).cpu(),
     )
-    decoder = Decoder(vlm, out.cache, prompts, G, max_new_tokens)
-    return decoder, out.logits[:, -1].repeat_interleave(G, 0)
 
 
-class Decoder:
-    """Computes the logits of the next token for N = B x G rows, one step after the other.
+class PackedRows(NamedTuple):
+    """One row for each prompt: [prompt | o_1 | ... | o_G]. In host memory."""
 
-    Keys and values are in a cache of the final length, and a mask marks the slots that are written.
-    So every tensor of a step keeps its shape and its address, as a CUDA graph needs it.
-    """
-
-    def __init__(self, vlm, prefilled: Cache, prompts: Prompts, G: int, max_new_tokens: int):
-        (B, P), device = prompts.ids.shape, vlm.device
-        length = -(-(P + max_new_tokens) // 16) * 16  # rounded up, so that memory is reused
-        self.vlm, self.written, self.cache = vlm, P, StaticCache(vlm.config, length)
-        for static, grown in zip(self.cache.layers, prefilled.layers, strict=True):
-            static.update(grown.keys.repeat_interleave(G, 0), grown.values.repeat_interleave(G, 0))
-        visible = F.pad(prompts.mask, (0, length - P)).repeat_interleave(G, 0)
-        self.visible = visible[:, None, None].to(device)  # (N, 1, 1, length): the attention mask
-        last = prompts.positions.amax((0, 2)).repeat_interleave(G)  # text continues after this one
-        self.positions = last.expand(3, -1)[..., None].contiguous().to(device)  # (3, N, 1)
-        self.token = torch.zeros(B * G, 1, dtype=torch.int64, device=device)
-        self.replay = record_graph(self.forward) if device.type == "cuda" else None
-        for layer in self.cache.layers:  # where to write next: the recording has moved it
-            layer.cumulative_length.fill_(P)
-
-    def step(self, token: torch.Tensor) -> torch.Tensor:
-        """Append one token to each row, (N,), and return the logits of the next, (N, V).
-
-        The returned tensor is valid until the next step.
-        """
-        self.token.copy_(token[:, None])
-        self.visible[..., self.written] = True
-        self.positions += 1
-        self.written += 1
-        return self.replay() if self.replay else self.forward()
-
-    def forward(self) -> torch.Tensor:
-        return self.vlm(
-            input_ids=self.token,
-            attention_mask=self.visible,
-            position_ids=self.positions,
-            cache=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
+    ids: torch.Tensor  # (B, L): the prompt, its completions without padding, then padding
+    positions: torch.Tensor  # (3, B, L) M-RoPE positions
+    segments: torch.Tensor  # (B, L): 0 on the prompt, 1..G on the completions, -1 on padding
+    sources: torch.Tensor  # (N,): where each of N completion tokens is predicted, see `pack`
+    targets: torch.Tensor  # (N,): the completion tokens, prompt by prompt, one after the other
 
 
-def pack(prompts: Prompts, completions: Completions) -> tuple[torch.Tensor, ...]:
-    """Lay out one packed row for each prompt: [prompt | o_1 | ... | o_G]. In host memory. Returns
+def pack(prompts: Prompts, completions: Completions) -> PackedRows:
+    """Lay out one packed row for each prompt.
 
-    rows      (B, L)    token ids: the prompt, its completions without padding, then padding
-    positions (3, B, L) M-RoPE positions: each completion continues after the prompt's largest one
-    segments  (B, L)    0 on the prompt, 1..G on the completions, -1 on padding
-    sources   (N,)      where each of N completion tokens is predicted: an index into the flattened
-                        (B * L) hidden states
-    targets   (N,)      the completion tokens, prompt by prompt, completion by completion
+    The positions of each completion continue after the prompt's largest one. `sources` are indices
+    into the flattened (B * L) hidden states. The token at place k of a row is predicted at k - 1,
+    but the first token of every completion is predicted at the prompt's last place.
 
-    The first token of a completion is predicted at the prompt's last position, each other token at
-    the one before it. A prompt of tokens 7 8 at positions 0 1, with completions 5 9 and 6:
+    A prompt of tokens 7 8 at positions 0 1, with completions 5 9 and 6:
 
     >>> two = torch.ones(1, 2, dtype=torch.bool)
     >>> prompts = Prompts(torch.tensor([[7, 8]]), two, torch.tensor([[[0, 1]]] * 3), None)
     >>> mask = torch.tensor([[[True, True], [True, False]]])
     >>> completions = Completions(torch.tensor([[[5, 9], [6, 0]]]), mask)
-    >>> rows, positions, segments, sources, targets = pack(prompts, completions)
-    >>> rows, positions[0], segments
+    >>> row = pack(prompts, completions)
+    >>> row.ids, row.positions[0], row.segments
     (tensor([[7, 8, 5, 9, 6]]), tensor([[0, 1, 2, 3, 2]]), tensor([[0, 0, 1, 1, 2]]))
-    >>> sources, targets
+    >>> row.sources, row.targets
     (tensor([1, 2, 1]), tensor([5, 9, 6]))
     """
-    # exercise 9: rows, positions and segments
     B, G, T = completions.ids.shape
-    place = torch.arange(T).expand(G, T)
-    number = torch.arange(1, G + 1)[:, None].expand(G, T)
-    rows, positions, segments, sources = [], [], [], []
+    place = torch.arange(T).expand(G, T)  # of a token in its completion
+    number = torch.arange(1, G + 1)[:, None].expand(G, T)  # of its completion
+    ids, positions, segments, sources = [], [], [], []
     for b in range(B):
         keep = completions.mask[b]  # (G, T); indexing with it concatenates the completions
-        prompt = prompts.ids[b][prompts.mask[b]]
-        prompt_positions = prompts.positions[:, b][:, prompts.mask[b]]  # (3, P)
+        prompt = prompts.ids[b, prompts.mask[b]]  # (P,)
+        prompt_positions = prompts.positions[:, b, prompts.mask[b]]  # (3, P)
         P = len(prompt)
         after = prompt_positions.max() + 1 + place[keep]
-        rows.append(torch.cat([prompt, completions.ids[b][keep]]))
-        positions.append(torch.cat([prompt_positions, after.expand(3, -1)], 1).T)
+        ids.append(torch.cat([prompt, completions.ids[b, keep]]))
+        positions.append(torch.cat([prompt_positions, after.expand(3, -1)], 1))
         segments.append(torch.cat([torch.zeros_like(prompt), number[keep]]))
-        before = torch.arange(P - 1, len(rows[-1]) - 1)
-        sources.append(torch.where(place[keep] == 0, P - 1, before))
-    L = max(map(len, rows))
-    return (
-        pad_sequence(rows, batch_first=True),
-        pad_sequence(positions, batch_first=True).permute(2, 0, 1),
-        pad_sequence(segments, batch_first=True, padding_value=-1),
-        torch.cat([b * L + source for b, source in enumerate(sources)]),
-        completions.ids[completions.mask],
+        one_before = torch.arange(P - 1, len(ids[-1]) - 1)
+        sources.append(torch.where(place[keep] == 0, P - 1, one_before))
+    L = max(map(len, ids))
+    return PackedRows(
+        ids=pad_sequence(ids, batch_first=True),
+        positions=torch.stack([F.pad(row, (0, L - row.shape[1])) for row in positions], 1),
+        segments=pad_sequence(segments, batch_first=True, padding_value=-1),
+        sources=torch.cat([b * L + source for b, source in enumerate(sources)]),
+        targets=completions.ids[completions.mask],
     )
-    # end of exercise 9
 
 
 def may_attend(segments: torch.Tensor) -> torch.Tensor:
@@ -375,10 +355,8 @@ def may_attend(segments: torch.Tensor) -> torch.Tensor:
              [1, 1, 0, 0, 1, 0],
              [1, 1, 0, 0, 1, 1]]], dtype=torch.int32)
     """
-    # exercise 9: who sees whom in a packed row
     same = segments[:, :, None] == segments[:, None, :]
     return ((segments == 0)[:, None, :] | same).tril()
-    # end of exercise 9
 
 
 def head_logprobs(
@@ -398,7 +376,9 @@ def head_logprobs(
     logprobs, entropy = token_logprobs(lm_head(leaf), tokens, temperature, banned)
     if hidden.requires_grad:
         (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
-        zero = (hidden - hidden.detach()).float()  # changes no value, and carries the gradient
+        # h - h.detach() is zero, so this changes no log-prob. But it depends on h, and so the
+        # backward pass multiplies what arrives here by `gradient`, as through the lm_head itself.
+        zero = (hidden - hidden.detach()).float()
         logprobs = logprobs.detach() + (gradient * zero).sum(-1)
     return logprobs, entropy
 
@@ -428,23 +408,25 @@ def group_logprobs(
     The model needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """
     vlm = base(model)  # vlm.model returns hidden states (B, L, width), vlm.lm_head their logits
-    # exercise 10: log-probs with a shared prompt
-    packed = (to_device(x, vlm.device) for x in pack(prompts, completions))
-    rows, positions, segments, sources, targets = packed
+    packed = PackedRows(*(to_device(x, vlm.device) for x in pack(prompts, completions)))
     hidden = vlm.model(
-        input_ids=rows,
-        attention_mask=may_attend(segments)[:, None],
-        position_ids=positions,
-        mm_encoder_outputs={"image": prompts.vision},
+        input_ids=packed.ids,
+        attention_mask=may_attend(packed.segments)[:, None],
+        position_ids=packed.positions,
+        mm_encoder_outputs={"image": prompts.vision},  # features in place of pixels
         use_cache=False,
     ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[sources]  # (N, width) for N completion tokens
+    hidden = hidden.flatten(0, 1)[packed.sources]  # (N, width) for N completion tokens
 
     chunk = chunk or max(1, LOGITS_AT_ONCE // vlm.lm_head.weight.shape[0])
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    results = [head_logprobs(vlm.lm_head, h, t, temperature, banned) for h, t in pieces]
-    logprobs, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
+    logprobs, entropies = [], []
+    for part, tokens in zip(hidden.split(chunk), packed.targets.split(chunk), strict=True):
+        logprob, entropy = head_logprobs(vlm.lm_head, part, tokens, temperature, banned)
+        logprobs.append(logprob)
+        entropies.append(entropy)
     mask = to_device(completions.mask, vlm.device)
     zeros = torch.zeros(mask.shape, device=vlm.device)
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
-    # end of exercise 10
+    return (
+        zeros.masked_scatter(mask, torch.cat(logprobs)),
+        zeros.masked_scatter(mask, torch.cat(entropies)),
+    )

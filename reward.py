@@ -7,8 +7,14 @@ A completion earns three rewards, which are added (the paper's reward functions)
     think format    1 if it is one <think> block with text, one <answer> block, and nothing else
     answer format   1 if the answer is JSON that holds a box and two points
 
-The file follows the data: `parse_answer`, `sam_prompt`, `SamScorer` (prompts to masks to IoU, for
-all images and completions of a step at once), `accuracy_reward`, `score_completions` (all of it).
+The file follows the data:
+
+    parse_answer          a completion -> box and points, as the policy writes them
+    sam_prompt            the same in pixels of the image
+    decode_masks          prompts on many images -> mask logits, in one call of SAM's decoder
+    SamScorer             images and prompts of a whole step -> masks -> intersection and union
+    accuracy_reward       IoU -> reward
+    score_completions     all of it
 
 Where this departs from the paper:
   1. The default segmenter is SAM 1 (`segment_anything`). The paper uses SAM2-Large, which
@@ -26,14 +32,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torchvision.ops import box_iou, masks_to_boxes
+from segment_anything.modeling import PromptEncoder, Sam
+from segment_anything.utils.transforms import ResizeLongestSide
 
-from plumbing.answers import answer_fields, find_block, last_block, numbers
+from plumbing.answers import answer_parts, numbers
 from plumbing.devices import half_precision, to_device
-from plumbing.prompts import points_asked
+from plumbing.rewards import box_ious, segzero_reward
 from plumbing.sam import load_weights, restore_weights
-from plumbing.scenes import interior_points
 
 # --------------------------------------------------------------------------------------------------
 # Text to numbers
@@ -48,37 +55,42 @@ class Answer(NamedTuple):
     box: tuple[float, ...] | None  # x1, y1, x2, y2 with x1 < x2 and y1 < y2
     points: tuple[tuple[float, ...], ...]  # the valid ones of the two, (x, y) each
     thought: str  # the reasoning, "" if there is none
-    objects: int = 1  # that the answer lists
 
 
 def parse_answer(text: str, style: str = "full") -> Answer:
     """Read a completion. Never raises, and takes time linear in the length of the text.
 
     Each part is judged separately: SAM gets a valid box even if a point or the thought is missing.
-    The answer is the last <answer> block after the thought, as JSON or as a Python literal. The
-    helpers are in plumbing/answers.py. style: of the prompt. "visionreasoner" is answered with a
-    list of objects with one point each: the first counts, while VisionReasoner unites all masks.
+    A thought counts if each of its two tags occurs exactly once. The answer is the last <answer>
+    block after it, as JSON or as a Python literal.
+
+    style: of the prompt. "visionreasoner" is answered with other keys and one point, see
+           plumbing/answers.py.
 
     >>> text = '<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>'
     >>> answer = parse_answer(text)
     >>> answer.think_format, answer.answer_format, answer.box, answer.points, answer.thought
     (True, False, (1.0, 2.0, 5.5, 6.0), ((3.0, 4.0),), 'the red one')
     """
-    # exercise 1: read an answer and judge its two formats
-    think = find_block(text, "<think>", "</think>")
-    answer = last_block(think.after if think else text, "<answer>", "</answer>")
-    data = answer_fields(answer.inside, style) if answer else {}
-    box = numbers(data.get("bbox"), 4)
+    outside, thought, rest = "", "", text
+    once = text.count("<think>") == 1 and text.count("</think>") == 1
+    if once and text.index("<think>") < text.index("</think>"):
+        outside, _, rest = text.partition("<think>")
+        thought, _, rest = rest.partition("</think>")
+    head, closing, after = rest.rpartition("</answer>")
+    before, opening, inside = head.rpartition("<answer>")
+    answered = bool(opening and closing)
+    only_blocks = not (outside + before + after).strip()
+    think_format = bool(thought.strip()) and answered and only_blocks
+
+    box, points = answer_parts(inside, style)  # of any type; None where a key is missing
+    box = numbers(box, count=4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
         box = None  # swapped corners: SAM would still draw a plausible mask of it
-    points = tuple(p for key in ("points_1", "points_2") if (p := numbers(data.get(key), 2)))
-    thought = think.inside.strip() if think else ""
-    think_format = False
-    if thought and answer:  # all text outside of the two blocks must be white space
-        think_format = not (think.before + answer.before + answer.after).strip()
-    answer_format = box is not None and len(points) == points_asked(style)
-    return Answer(think_format, answer_format, box, points, thought, data.get("objects", 1))
-    # end of exercise 1
+    valid = [numbers(point, count=2) for point in points]
+    answer_format = box is not None and None not in valid
+    found = tuple(point for point in valid if point)
+    return Answer(think_format, answer_format, box, found, thought.strip())
 
 
 class SamPrompt(NamedTuple):
@@ -88,18 +100,19 @@ class SamPrompt(NamedTuple):
     points: tuple[tuple[float, ...], ...]  # (x, y) each, all on the target
 
 
-def sam_prompt(answer: Answer, frame: float, width: int, height: int) -> SamPrompt:
+def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPrompt:
     """Scale an answer to image pixels and crop it to the image of width x height pixels.
 
-    frame: the number that the policy writes for the far edge of the image: the side of the image it
-           sees in policy pixels, or 1000 for thousandths.
+    extent: the number that the policy writes for the far edge of the image: the side of the image
+            it sees in policy pixels, or 1000 for thousandths.
     The box is clipped to the image. A box or point that lies outside is dropped.
 
     >>> answer = Answer(True, True, (10, 10, 80, 32), ((20, 20), (70, 70)), "")
-    >>> sam_prompt(answer, frame=64, width=128, height=96)
+    >>> sam_prompt(answer, extent=64, width=128, height=96)
     SamPrompt(box=(20.0, 15.0, 128, 48.0), points=((40.0, 30.0),))
     """
-    to_x, to_y = width / frame, height / frame
+    to_x = width / extent
+    to_y = height / extent
     box = None
     if answer.box:
         x1, y1, x2, y2 = answer.box
@@ -112,7 +125,126 @@ def sam_prompt(answer: Answer, frame: float, width: int, height: int) -> SamProm
 
 
 # --------------------------------------------------------------------------------------------------
-# Prompts to masks to IoU
+# Prompts to masks: many prompts on many images in one call of SAM's decoder
+# --------------------------------------------------------------------------------------------------
+
+
+def embed_prompts(
+    encoder: PromptEncoder, boxes: torch.Tensor | None, points: torch.Tensor | None
+) -> torch.Tensor:
+    """Sparse embeddings, (N, tokens, C), of boxes (N, 4) and foreground points (N, K, 2).
+
+    The same as `PromptEncoder.forward`, which selects points by label with boolean masks. Each such
+    mask makes the host wait for the GPU. Here all labels are known. Points without a box are
+    followed by one "not a point" token, as in SAM's training.
+    """
+    tokens = []
+    if points is not None:
+        centres = points + 0.5  # SAM takes the centre of a pixel
+        position = encoder.pe_layer.forward_with_coords(centres, encoder.input_image_size)
+        tokens.append(position + encoder.point_embeddings[1].weight)  # 1: foreground
+        if boxes is None:
+            tokens.append(encoder.not_a_point_embed.weight.expand(len(points), 1, -1))
+    if boxes is not None:
+        tokens.append(encoder._embed_boxes(boxes))
+    return torch.cat(tokens, 1)
+
+
+def decode_masks(
+    sam: Sam,
+    embeddings: torch.Tensor,
+    image_index: torch.Tensor,
+    boxes: torch.Tensor | None,
+    points: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode N prompts on any of B images in one call of the mask decoder.
+
+    embeddings:  (B, C, h, w) image embeddings.
+    image_index: (N,) int64, the image that each prompt is about.
+    boxes:       (N, 4) x1, y1, x2, y2, or None. In pixels of the encoder's input.
+    points:      (N, K, 2) x, y, all foreground, or None. In the same pixels. Not both None.
+
+    Returns mask logits (N, 4, 4h, 4w) and the decoder's own estimates of their IoU (N, 4). Mask 0
+    is the single-mask output; masks 1 to 3 are the three candidates for an ambiguous prompt.
+
+    SAM embeds a prompt as two tensors: sparse (tokens of the box and the points) and dense (a map
+    of a mask prompt; we give none, so it is the learned `no_mask` vector everywhere). `MaskDecoder`
+    takes one image per call: it repeats that image's embedding for every prompt and adds the dense
+    embedding. Only the sum counts. So pass zeros as the image embedding and add each image's
+    embedding to its prompt's dense embedding.
+    """
+    no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
+    return sam.mask_decoder.predict_masks(
+        image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=embed_prompts(sam.prompt_encoder, boxes, points),
+        dense_prompt_embeddings=embeddings[image_index] + no_mask,
+    )
+
+
+def upsample_masks(
+    logits: torch.Tensor, side: int, input_size: tuple[int, int], size: tuple[int, int]
+) -> torch.Tensor:
+    """Bring the logits of G masks, (G, 4h, 4w), to the size (H, W) of their image: (G, H, W).
+
+    side: of the padded square that the encoder saw, pixels; input_size: (h, w) of the image in it.
+    The same as `Sam.postprocess_masks`: bilinear to the square, crop the padding, bilinear to the
+    image. Here most of the padding is cropped before the first step, which saves time: a quarter of
+    the square is padding for a 4:3 photograph. Two rows and columns of it stay, because
+    interpolation mixes them into the last pixels of the image.
+    """
+    factor = side // logits.shape[-1]  # 4 for an official SAM
+    height, width = input_size
+    near = logits[:, None, : height // factor + 2, : width // factor + 2]
+    square = F.interpolate(near, scale_factor=factor, mode="bilinear")[..., :height, :width]
+    return F.interpolate(square, size, mode="bilinear")[:, 0]
+
+
+class Sam1(Sam):
+    """`segment_anything`'s model in the four steps that `SamScorer` calls.
+
+    `plumbing.sam2.Sam2` has the same four. So the scorer does not know which model it has.
+    """
+
+    def prepare(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """Resize an image so that its longest side fits the encoder, as SAM's own predictor does.
+
+        Returns pixels (3, h, w), float32 in 0..255, not normalised and not padded, and the factors
+        (x, y), float64, from image pixels to the pixels of the encoder's input.
+        """
+        resize = ResizeLongestSide(self.image_encoder.img_size)
+        resized = resize.apply_image(np.asarray(image))  # (h, w, 3) uint8
+        factors = [resized.shape[1] / image.width, resized.shape[0] / image.height]
+        pixels = torch.from_numpy(resized).permute(2, 0, 1).float()
+        return pixels, torch.tensor(factors, dtype=torch.float64)
+
+    def encode(self, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode B prepared images. Returns one level of embeddings, (B, C, h, w)."""
+        return [self.image_encoder(torch.stack([self.preprocess(p) for p in pixels]))]
+
+    def decode(
+        self,
+        embeddings: list[torch.Tensor],
+        image_index: torch.Tensor,
+        boxes: torch.Tensor | None,
+        points: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, 3, 4h, 4w) and ratings (N, 3) of the three candidates for each of N prompts.
+
+        embeddings are those of `encode`; the other arguments are those of `decode_masks`.
+        """
+        logits, ratings = decode_masks(self, embeddings[0], image_index, boxes, points)
+        return logits[:, 1:], ratings[:, 1:]
+
+    def upsample(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Bring logits (G, 4h, 4w) of one image to its size (H, W), see `upsample_masks`."""
+        side = self.image_encoder.img_size
+        input_size = ResizeLongestSide.get_preprocess_shape(*size, side)
+        return upsample_masks(logits, side, input_size, size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Masks to IoU
 # --------------------------------------------------------------------------------------------------
 
 
@@ -123,14 +255,11 @@ class Overlap(NamedTuple):
     union: torch.Tensor  # float32, pixels
     prompted: torch.Tensor  # bool: SAM was given a box or a point
     masks: list[torch.Tensor] | None  # B tensors (G, H, W) bool, with keep_masks=True
-    segzero: tuple = ()  # intersection and union if ignored pixels are target (B, G)
 
     @property
     def iou(self) -> torch.Tensor:
         """Intersection / union, and 1 where both masks are empty (the metric's convention)."""
-        # exercise 3: IoU, also of two empty masks
         return torch.where(self.union > 0, self.intersection / self.union.clamp(min=1), 1.0)
-        # end of exercise 3
 
 
 def intersection_and_union(
@@ -147,13 +276,19 @@ def intersection_and_union(
     >>> intersection_and_union(masks, truth, ignore)
     (tensor([1., 2.]), tensor([2., 2.]))
     """
-    # exercise 3: pixels in the intersection and in the union, without the ignored ones
-    intersection, union = masks & truth, masks | truth  # (G, H, W)
+    intersection = masks & truth  # (G, H, W)
+    union = masks | truth
     if ignore is not None:
-        intersection, union = intersection & ~ignore, union & ~ignore
+        intersection = intersection & ~ignore
+        union = union & ~ignore
     # Counting in int32 is faster than in int64, torch's default.
     return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (intersection, union))
-    # end of exercise 3
+
+
+# Bytes of the largest level of embeddings in one call of the decoder. On a GPU this is 16 prompts
+# of an official SAM 1 and 8 of SAM 2. On a CPU it is 4 and 2: larger tensors are allocated anew
+# in every call, and the time goes into page faults (benchmarks/sam_scoring.py).
+DECODER_BYTES = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
 
 
 class SamScorer:
@@ -166,16 +301,17 @@ class SamScorer:
     """
 
     def __init__(self, sam, device: str = "cpu", encoder_batch: int = 8, offload: bool = False):
-        """sam: from `load_sam`. Only its methods know which model it is (`plumbing.sam.Sam1`).
+        """sam: from `plumbing.sam.load_sam`: `segment_anything`'s Sam, or a Sam2.
 
         encoder_batch: images that are encoded together. offload: keep the model in host memory
         between calls of `score`; for ViT-H this frees 2.4 GiB of the GPU.
         """
-        self.device, self.encoder_batch, self.offload = torch.device(device), encoder_batch, offload
+        if isinstance(sam, Sam):
+            sam = Sam1(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)  # the same weights
+        self.device = torch.device(device)
+        self.encoder_batch = encoder_batch
+        self.offload = offload
         self.sam = sam.to("cpu" if offload else device).eval().requires_grad_(False)
-        # Bytes of the largest level of embeddings in a decoder call. On a GPU this is 16 prompts of
-        # an official SAM 1 and 8 of SAM 2. On a CPU 4 and 2: glibc maps large blocks anew (slow).
-        self.decoder_bytes = 2**24 if self.device.type == "cpu" else 2**26
 
     @torch.no_grad()
     def score(self, samples: list, prompts: list[list[SamPrompt]], keep_masks=False) -> Overlap:
@@ -184,30 +320,34 @@ class SamScorer:
         samples: B objects like `data.Sample`, with `image`, `mask` and `ignore`.
         prompts: B lists of G prompts, in image pixels. An empty prompt gets an empty mask.
         """
-        B, G = len(samples), len(prompts[0])
+        B = len(samples)
+        G = len(prompts[0])
         host = load_weights(self.sam, self.device) if self.offload else None
         embeddings, factors = self.encode([sample.image for sample in samples])
-        flat = [prompt for group in prompts for prompt in group]
-        logits, prompted = self._best_logits(embeddings, factors, flat)
-        logits = logits.unflatten(0, (B, G))
-        overlaps, masks = [], []
+        flat = [prompt for group in prompts for prompt in group]  # prompt k is about image k // G
+        logits = self.best_logits(embeddings, factors, flat).unflatten(0, (B, G))
+        intersections, unions, masks = [], [], []
         for b, sample in enumerate(samples):  # one by one: every image has its own size
             full = self.sam.upsample(logits[b], sample.mask.shape)
             mask = full > self.sam.mask_threshold  # (G, H, W)
-            truth, ignore = (
-                None if pixels is None else self._to_device(torch.from_numpy(pixels))
-                for pixels in (sample.mask, sample.ignore)
-            )
-            counts = wide = intersection_and_union(mask, truth, ignore)
-            if ignore is not None:  # also with ignored pixels as target, see plumbing/protocols.py
-                wide = intersection_and_union(mask, truth | ignore, None)
-            overlaps.append((*counts, *wide))
-            masks.append(mask if keep_masks else None)
+            truth = self._to_device(torch.from_numpy(sample.mask))
+            ignore = None
+            if sample.ignore is not None:
+                ignore = self._to_device(torch.from_numpy(sample.ignore))
+            intersection, union = intersection_and_union(mask, truth, ignore)
+            intersections.append(intersection)
+            unions.append(union)
+            if keep_masks:
+                masks.append(mask)
         if self.offload:
             restore_weights(self.sam, host)
-        counts = [torch.stack(column) for column in zip(*overlaps, strict=True)]
-        masks = masks if keep_masks else None
-        return Overlap(*counts[:2], prompted.view(B, G), masks, tuple(counts[2:]))
+        prompted = torch.tensor([[bool(p.box or p.points) for p in group] for group in prompts])
+        return Overlap(
+            intersection=torch.stack(intersections),
+            union=torch.stack(unions),
+            prompted=self._to_device(prompted),
+            masks=masks if keep_masks else None,
+        )
 
     @torch.no_grad()
     def encode(self, images: list[Image.Image]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -223,37 +363,42 @@ class SamScorer:
         levels = [torch.cat(level).float() for level in zip(*batches, strict=True)]
         return levels, torch.stack(factors)
 
-    def _best_logits(self, embeddings, factors, prompts: list[SamPrompt]):
-        """Logits (B*G, 4h, 4w) of the best of three masks for each of B*G prompts, and whether the
-        prompt was not empty (B*G,). h, w: size of the last level of the embeddings."""
+    def best_logits(
+        self, embeddings: list[torch.Tensor], factors: torch.Tensor, prompts: list[SamPrompt]
+    ) -> torch.Tensor:
+        """Logits (B*G, 4h, 4w) of the best of three masks for each of B*G prompts.
+
+        embeddings, factors: of `encode`. h, w: size of the last level of the embeddings. Prompts
+        are stored group by group, so prompt k is about image k // G.
+        """
         G = len(prompts) // len(factors)
         h, w = embeddings[-1].shape[2:]
         best = embeddings[-1].new_full((len(prompts), 4 * h, 4 * w), -1.0)  # -1: outside the mask
-        size = max(1, self.decoder_bytes // max(level[0].nbytes for level in embeddings))
+        largest = max(level[0].nbytes for level in embeddings)
+        at_once = max(1, DECODER_BYTES[self.device.type] // largest)
         # Group prompts by what they hold. Padding a missing point beside a box would change the
         # mask, because SAM was not trained on that.
         groups: dict[tuple[bool, int], list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            groups.setdefault((prompt.box is not None, len(prompt.points)), []).append(index)
-        empty_prompts = groups.pop((False, 0), [])
-        for (has_box, count), members in groups.items():
-            for index in torch.tensor(members).split(size):
-                image = index // G
-                chosen, factor = [prompts[i] for i in index.tolist()], factors[image]  # (N, 2)
+        for k, prompt in enumerate(prompts):
+            groups.setdefault((prompt.box is not None, len(prompt.points)), []).append(k)
+        groups.pop((False, 0), None)  # nothing to decode: the mask stays empty
+        for (has_box, point_count), members in groups.items():
+            for prompt_index in torch.tensor(members).split(at_once):
+                image_index = prompt_index // G
+                chosen = [prompts[k] for k in prompt_index.tolist()]  # N prompts
+                factor = factors[image_index]  # (N, 2)
                 boxes = points = None
                 if has_box:
                     boxes = torch.tensor([p.box for p in chosen], dtype=torch.float64)
-                    boxes = self._to_device((boxes * factor.repeat(1, 2)).float())
-                if count:
+                    boxes = self._to_device((boxes * factor.repeat(1, 2)).float())  # (N, 4)
+                if point_count:
                     points = torch.tensor([p.points for p in chosen], dtype=torch.float64)
-                    points = self._to_device((points * factor[:, None]).float())
-                image_index = self._to_device(image)
-                logits, rating = self.sam.decode(embeddings, image_index, boxes, points)
-                each = torch.arange(len(index), device=self.device)
-                best[self._to_device(index)] = logits[each, rating.argmax(1)]
-        prompted = torch.ones(len(prompts), dtype=torch.bool)
-        prompted[empty_prompts] = False
-        return best, self._to_device(prompted)
+                    points = self._to_device((points * factor[:, None]).float())  # (N, K, 2)
+                image_index = self._to_device(image_index)
+                logits, ratings = self.sam.decode(embeddings, image_index, boxes, points)
+                row = torch.arange(len(chosen), device=self.device)
+                best[self._to_device(prompt_index)] = logits[row, ratings.argmax(1)]
+        return best
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
         return to_device(x, self.device)
@@ -265,7 +410,6 @@ class SamScorer:
 
 # The paper's accuracy reward: an IoU above the first number earns the second.
 TIERS = ((0.5, 2.0), (0.7, 3.0), (0.8, 4.0))
-ACCURACY_REWARDS = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
 
 
 def tiered_reward(iou: torch.Tensor) -> torch.Tensor:
@@ -274,12 +418,10 @@ def tiered_reward(iou: torch.Tensor) -> torch.Tensor:
     >>> tiered_reward(torch.tensor([0.50, 0.51, 0.70, 0.75, 0.81]))
     tensor([0., 2., 2., 3., 4.])
     """
-    # exercise 4: the tiers
     reward = torch.zeros_like(iou)
     for threshold, value in TIERS:
         reward = torch.where(iou > threshold, value, reward)
     return reward
-    # end of exercise 4
 
 
 def accuracy_reward(iou: torch.Tensor, kind: str) -> torch.Tensor:
@@ -299,63 +441,6 @@ def accuracy_reward(iou: torch.Tensor, kind: str) -> torch.Tensor:
     return 4.0 * (iou > float(kind)).float()
 
 
-# Two rewards to compare the paper's with. Neither asks SAM.
-
-
-def true_box(mask: np.ndarray) -> tuple[float, ...] | None:
-    """The tightest box x1, y1, x2, y2 around a mask (H, W), image pixels, x2 and y2 exclusive."""
-    if not mask.any():
-        return None
-    x1, y1, x2, y2 = masks_to_boxes(torch.from_numpy(mask)[None])[0].tolist()
-    return (x1, y1, x2 + 1, y2 + 1)
-
-
-def box_ious(samples: list, prompts: list[list[SamPrompt]]) -> torch.Tensor:
-    """IoU (B, G) of the box of each prompt with the true box, 0 where one of them is missing.
-
-    "box" is the paper's tiers on this IoU: a reward that never looks at a mask.
-    """
-    none = (0.0, 0.0, 0.0, 0.0)
-    rows = []
-    for sample, group in zip(samples, prompts, strict=True):
-        boxes = torch.tensor([prompt.box or none for prompt in group], dtype=torch.float64)
-        truth = torch.tensor([true_box(sample.mask) or none], dtype=torch.float64)
-        rows.append(box_iou(boxes, truth)[:, 0].nan_to_num())
-    return torch.stack(rows).float()
-
-
-def segzero_reward(samples: list, prompts: list[list[SamPrompt]], frame: float, in_mask: bool):
-    """Seg-Zero's reward (arXiv 2503.06520) for boxes and points, (B, G), 4/3 for each of three:
-
-    box IoU above 0.5; mean L1 distance of the box's coordinates below 10 pixels; both points in the
-    true box and, on average, within 100 pixels of two labelled points. Pixels are those of an
-    840 x 840 image. A smaller policy image (frame) is coarser: there the 10 are two of its pixels.
-
-    The labelled points are `interior_points` of the true mask. in_mask: a stronger label, each
-    point must lie in the true mask.
-    """
-    reward = (box_ious(samples, prompts) > 0.5).float()
-    for b, (sample, group) in enumerate(zip(samples, prompts, strict=True)):
-        scale = 840 / np.array(sample.image.size)  # (2,), image pixels to those of 840 x 840
-        truth, labels = true_box(sample.mask), np.array(interior_points(sample.mask))
-        for g, prompt in enumerate(group):
-            if truth is None or prompt.box is None:
-                continue
-            distance = np.abs(np.subtract(prompt.box, truth)) * np.tile(scale, 2)
-            reward[b, g] += bool(distance.mean() < max(10, 2 * 840 / frame))
-            points = np.array(prompt.points)
-            if len(points) < 2:
-                continue
-            if in_mask:
-                x, y = np.minimum(points, np.array(sample.image.size) - 1).astype(int).T
-                reward[b, g] += bool(sample.mask[y, x].all())
-                continue
-            inside = (points >= truth[:2]).all() and (points <= truth[2:]).all()
-            far = [np.linalg.norm((points - two) * scale, axis=1) for two in (labels, labels[::-1])]
-            reward[b, g] += bool(inside and min(d.mean() for d in far) < 100)
-    return reward * 4 / 3
-
-
 class Scores(NamedTuple):
     """Rewards of B x G completions and their parts. Tensors (B, G) float32 on the CPU."""
 
@@ -373,19 +458,24 @@ def score_completions(
     scorer: SamScorer,
     samples: list,
     completions: list[list[str]],
-    frame: float,
+    extent: float,
     accuracy: str = "tiered",
     keep_masks: bool = False,
     style: str = "full",
 ) -> Scores:
-    """The whole reward for B samples x G completions (texts). See `sam_prompt` for `frame`.
+    """The whole reward for B samples x G completions (texts).
 
-    A completion without a usable box or point has IoU 0, even where the true mask is empty. style:
-    of the prompt, see `parse_answer`.
+    extent:   what the policy writes for the far edge of the image, see `sam_prompt`.
+    accuracy: a name of `accuracy_reward`, or a reward to compare it with, which does not use SAM's
+              mask: "box" (the tiers on the IoU of the boxes), "segzero", "segzero_mask" (see
+              plumbing/rewards.py). SAM's mask is computed in any case, for the log.
+    style:    of the prompt, see `parse_answer`.
+
+    A completion without a usable box or point has IoU 0, even where the true mask is empty.
     """
     answers = [[parse_answer(text, style) for text in group] for group in completions]
     prompts = [
-        [sam_prompt(answer, frame, *sample.image.size) for answer in group]
+        [sam_prompt(answer, extent, *sample.image.size) for answer in group]
         for sample, group in zip(samples, answers, strict=True)
     ]
     overlap = scorer.score(samples, prompts, keep_masks)
@@ -393,10 +483,18 @@ def score_completions(
     if accuracy == "box":
         earned = tiered_reward(box_ious(samples, prompts))
     elif accuracy.startswith("segzero"):
-        earned = segzero_reward(samples, prompts, frame, in_mask=accuracy == "segzero_mask")
+        earned = segzero_reward(samples, prompts, extent, in_mask=accuracy == "segzero_mask")
     else:
         earned = accuracy_reward(iou, accuracy)
     think_format = torch.tensor([[float(a.think_format) for a in group] for group in answers])
     answer_format = torch.tensor([[float(a.answer_format) for a in group] for group in answers])
-    reward = earned + think_format + answer_format
-    return Scores(reward, earned, think_format, answer_format, iou, answers, prompts, overlap)
+    return Scores(
+        reward=earned + think_format + answer_format,
+        accuracy=earned,
+        think_format=think_format,
+        answer_format=answer_format,
+        iou=iou,
+        answers=answers,
+        prompts=prompts,
+        overlap=overlap,
+    )

@@ -1,60 +1,23 @@
-"""answers.py - read tags, JSON and numbers out of any text, without raising."""
+"""answers.py - read JSON and numbers out of any text, without raising."""
 
 import ast
 import json
 import re
 import warnings
-from typing import NamedTuple
+
+LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
+LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
 
 # A literal with an odd escape is still read. Filter this once: `warnings.catch_warnings` around
 # each answer would make Python forget which warnings of other modules it has shown.
 warnings.filterwarnings("ignore", "invalid (escape sequence|.* literal)")
 
-LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
-LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
-
-
-class Block(NamedTuple):
-    """A text, split at a pair of tags."""
-
-    before: str
-    inside: str
-    after: str
-
-
-def find_block(text: str, opening: str, closing: str) -> Block | None:
-    """Split a text at a pair of tags. None unless each tag occurs exactly once, in this order."""
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    before, _, rest = text.partition(opening)
-    inside, found, after = rest.partition(closing)
-    return Block(before, inside, after) if found else None
-
-
-def last_block(text: str, opening: str, closing: str) -> Block | None:
-    """Split a text at its last closing tag and the last opening tag before it."""
-    head, found, after = text.rpartition(closing)
-    before, opened, inside = head.rpartition(opening)
-    return Block(before, inside, after) if found and opened else None
-
-
-def answer_fields(text: str, style: str) -> dict:
-    """The object in an answer, under the keys of `reward.parse_answer`, or {} if it has none.
-
-    style: of the prompt. "visionreasoner" is answered with a list, of which the first object
-           counts. "objects" is the number of objects in it, and 1 in an answer of another style.
-
-    >>> text = '[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}, {"bbox_2d": "?"}]'
-    >>> answer_fields(text, "visionreasoner")
-    {'bbox': [1, 2, 5, 6], 'points_1': [3, 4], 'objects': 2}
-    """
-    data = read_literal(text)
-    if style != "visionreasoner":
-        return data | {"objects": 1} if isinstance(data, dict) else {}
-    if not (isinstance(data, list) and data and isinstance(data[0], dict)):
-        return {}
-    box, point = data[0].get("bbox_2d"), data[0].get("point_2d")
-    return {"bbox": box, "points_1": point, "objects": len(data)}
+# What the two readers raise on any text: it is no JSON or literal, or nested deeper than the
+# reader's stack. `ast.literal_eval` also fails on keys that are lists.
+READERS = (
+    (json.loads, (ValueError, RecursionError)),
+    (ast.literal_eval, (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)),
+)
 
 
 def read_literal(text: str) -> object:
@@ -75,12 +38,30 @@ def read_literal(text: str) -> object:
     return None
 
 
-# What they raise on any text: it is no JSON or literal, or nested deeper than the reader's stack.
-# `ast.literal_eval` also fails on keys that are lists.
-READERS = (
-    (json.loads, (ValueError, RecursionError)),
-    (ast.literal_eval, (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)),
-)
+def answer_parts(text: str, style: str) -> tuple[object, list[object]]:
+    """The box and the points in an answer, of any type: they are not checked. None if missing.
+
+    There are as many points as the prompt of this style asks for: two, or one for "visionreasoner",
+    which is answered with a list of objects. The first of them counts.
+
+    >>> answer_parts('{"bbox": [1, 2, 5, 6], "points_1": [3, 4]}', "full")
+    ([1, 2, 5, 6], [[3, 4], None])
+    >>> answer_parts('[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}]', "visionreasoner")
+    ([1, 2, 5, 6], [[3, 4]])
+    """
+    data = read_literal(text)
+    if style == "visionreasoner":
+        first = data[0] if isinstance(data, list) and data else None
+        first = first if isinstance(first, dict) else {}
+        return first.get("bbox_2d"), [first.get("point_2d")]
+    data = data if isinstance(data, dict) else {}
+    return data.get("bbox"), [data.get("points_1"), data.get("points_2")]
+
+
+def count_objects(text: str) -> int:
+    """The number of objects that a completion lists in its last answer (VisionReasoner's form)."""
+    data = read_literal(text.rpartition("</answer>")[0].rpartition("<answer>")[2])
+    return len(data) if isinstance(data, list) else 1
 
 
 def numbers(value: object, count: int) -> tuple[float, ...] | None:

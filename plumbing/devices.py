@@ -1,18 +1,17 @@
 """devices.py - on which device, and in which dtype, a run computes."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import BitsAndBytesConfig
+
+from plumbing.errors import UserError
 
 DTYPES = {one: getattr(torch, one) for one in ("bfloat16", "float16", "float32")}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names. Raises ValueError or RuntimeError if it cannot be used.
+    """The device that --device names. Raises UserError if it cannot be used.
 
     "cuda:1" becomes torch's current device, so that streams, graphs and memory statistics, which
     are those of the current device, are of that card too.
@@ -20,17 +19,19 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError("use auto, cpu, cuda, cuda:N or mps")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps") from error
+    cards = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= cards:
+        raise UserError(f"--device {name}: there are {cards} CUDA devices here, numbered from 0")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here: leave the flag out")
-        cards = torch.cuda.device_count()
-        if (device.index or 0) >= cards:
-            raise ValueError(f"there are {cards} CUDA devices, numbered from 0")
         torch.cuda.set_device(device.index or 0)
-    torch.zeros(1, device=device)  # a device that is not there, or is full, fails here
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: it is not there, or full ({error})") from error
     torch.set_flush_denormal(True)  # on a CPU, arithmetic with denormal numbers is very slow
     return device
 
@@ -44,25 +45,25 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def choose_dtype(name: str, device: torch.device, tiny: bool) -> torch.dtype:
-    """The dtype that --dtype names, for the weights and the arithmetic of the policy.
+    """The dtype that --dtype names, for the arithmetic of the policy and the weights not in 4 bit.
 
-    auto is bfloat16 on a GPU and float32 elsewhere. On a GPU without fast attention in bfloat16 it
-    is float32 for the tiny model. For a larger one, ValueError names the ways out.
+    auto and 4bit are bfloat16 on a GPU and float32 elsewhere. On a GPU without fast attention in
+    bfloat16 it is float32 for the tiny model. For a larger one, UserError names the ways out.
     """
-    if name != "auto" and name != "bfloat16":
+    if name in ("float16", "float32"):
         return DTYPES[name]
-    if name == "auto" and device.type != "cuda":
+    if name != "bfloat16" and device.type != "cuda":
         return torch.float32
     if fast_bfloat16(device):
         return torch.bfloat16
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))
     reason = f"this GPU (compute capability {version}, below 8.0) has no fast bfloat16 attention"
     if tiny and name == "auto":
-        program = Path(sys.argv[0]).name
-        tqdm.write(f"{program}: {reason}: computing in float32", file=sys.stderr)
+        tqdm.write(f"{reason}: computing in float32", file=sys.stderr)
         return torch.float32
-    raise ValueError(
-        f"{reason}: use float16, which may overflow, or float32, which takes twice the memory"
+    raise UserError(
+        f"--dtype {name}: {reason}: use float16, which may overflow, or float32, which takes twice "
+        "the memory"
     )
 
 
@@ -95,34 +96,3 @@ def clipped_step(
     scaler.update()
     optimizer.zero_grad()
     return norm
-
-
-def four_bit(tiny: bool, dtype: torch.dtype, device: torch.device) -> dict:
-    """Options of `from_pretrained` that load the language model in 4 bit (NF4, as in QLoRA).
-
-    dtype is that of the arithmetic: each weight matrix is converted to it where it is used. Vision
-    tower, embeddings and lm_head keep 16 bits. Raises ValueError if that is impossible here.
-    """
-    if tiny:
-        raise ValueError("the tiny model's widths cannot be divided by 64: leave the flag out")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("this needs a package more: pip install bitsandbytes")
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,  # also the scales of the blocks are quantised
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],  # in spite of its name for 4 bit too
-    )
-    return dict(quantization_config=config, device_map={"": device})
-
-
-def keep_gradients(model: torch.nn.Module) -> None:
-    """Switch off a kernel of bitsandbytes for CPUs that has no backward pass.
-
-    After a forward pass in eval mode it would serve in training too, and drop the gradient of the
-    layers' inputs without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

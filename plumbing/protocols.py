@@ -12,6 +12,10 @@ Answers are greedy under both. ReasonSeg is the only set with ignored pixels.
 
 from pathlib import Path
 
+import numpy as np
+
+from plumbing.answers import count_objects
+
 PROTOCOLS = {
     "lisa": "ignored pixels are left out, an empty union has IoU 1",
     "segzero": "ignored pixels are target, an unreadable answer has IoU 0",
@@ -21,44 +25,49 @@ PREFIXES = ("", "ceiling_", "boxonly_")
 
 
 def protocols(s) -> tuple[str, ...]:
-    """The protocols that a run can be counted by, the one of its headline first.
+    """The protocols that a run is counted by, the one of its headline first.
 
-    Evaluation sets of the hub do not mark ignored pixels: only Seg-Zero's counting exists there.
-    `train` has no --protocol. It uses LISA's, as the reward does.
+    `train` is counted by LISA's, as the reward is. Evaluation sets of the hub do not mark ignored
+    pixels: only Seg-Zero's counting exists there.
     """
-    headline = getattr(s, "protocol", "lisa")
-    if hasattr(s, "protocol") and s.data.startswith("hub:"):
+    if not hasattr(s, "protocol"):
+        return ("lisa",)
+    if s.data.startswith("hub:"):
         return ("segzero",)
-    return tuple(sorted(PROTOCOLS, key=lambda name: name != headline))
+    return tuple(sorted(PROTOCOLS, key=lambda name: name != s.protocol))
 
 
-def count_both(overlap, b: int, sample, readable: bool, s) -> dict:
+def count(overlap, b: int, sample, readable: bool, s) -> dict:
     """The counts of sample b, in pixels, as columns of answers.jsonl.
 
-    overlap:  reward.Overlap of B samples x 3 prompts, see `PREFIXES`.
+    overlap:  reward.Overlap of B samples x 3 prompts, see `PREFIXES`, with masks.
     readable: the answer has a valid box and all of its points.
 
     Returns one dict with columns such as "ceiling_iou" for each of `protocols`, under its name, and
-    the columns of the headline once more, without a name. The prompt of the ceiling is made of the
-    target without ignored pixels, under both protocols.
+    the columns of the headline once more, without a name.
     """
-    target = sample.mask if sample.ignore is None else sample.mask | sample.ignore
-    found = {"lisa": {}, "segzero": {}}
+    found = {name: {} for name in protocols(s)}
     for k, prefix in enumerate(PREFIXES):
-        tensors = (overlap.intersection, overlap.union, overlap.iou, *overlap.segzero)
-        intersection, union, iou, *wide = (x[b, k].item() for x in tensors)
-        if not readable and prefix != "ceiling_":
-            wide = [0.0, float(target.sum())]  # counted as an empty mask
-        counts = {"lisa": (intersection, union, iou)}
-        counts["segzero"] = (*wide, wide[0] / wide[1] if wide[1] else 0.0)
-        for name, values in counts.items():
-            columns = (prefix + column for column in ("intersection", "union", "iou"))
-            found[name] |= dict(zip(columns, values, strict=True))
-    chosen = protocols(s)
-    return {name: found[name] for name in chosen} | found[chosen[0]]
+        for name, columns in found.items():
+            if name == "lisa":
+                intersection = overlap.intersection[b, k].item()
+                union = overlap.union[b, k].item()
+                iou = overlap.iou[b, k].item()
+            else:
+                mask = overlap.masks[b][k].cpu().numpy()
+                if not (readable or prefix == "ceiling_"):
+                    mask = np.zeros_like(mask)
+                target = sample.mask if sample.ignore is None else sample.mask | sample.ignore
+                intersection = float((mask & target).sum())
+                union = float((mask | target).sum())
+                iou = intersection / union if union else 0.0
+            columns[prefix + "intersection"] = intersection
+            columns[prefix + "union"] = union
+            columns[prefix + "iou"] = iou
+    return found | found[protocols(s)[0]]
 
 
-def metrics_by_protocol(rows: list[dict], compute_metrics, trained: str, s) -> dict[str, dict]:
+def metrics(rows: list[dict], compute_metrics, trained: str, s) -> dict[str, dict]:
     """The metrics of an evaluation for eval.json: of the policy, named `trained`, and the ceiling.
 
     Both hold `samr1_mini.compute_metrics` of the headline, its name as "protocol", and gIoU and
@@ -69,14 +78,15 @@ def metrics_by_protocol(rows: list[dict], compute_metrics, trained: str, s) -> d
         results[title] = compute_metrics(rows, prefix) | {"protocol": protocols(s)[0]}
         for name in protocols(s):
             found = compute_metrics([row | row.get(name, {}) for row in rows], prefix)
-            results[title] |= {f"{name}_{metric}": found[metric] for metric in ("giou", "ciou")}
+            results[title][f"{name}_giou"] = found["giou"]
+            results[title][f"{name}_ciou"] = found["ciou"]
     return results
 
 
 def print_protocols(metrics: dict, rows: list[dict], s) -> None:
     """Print what a table of metrics counts, and the paper's figures if they are comparable.
 
-    metrics: of `metrics_by_protocol`. rows: of `samr1_mini.evaluate`.
+    metrics: those of the policy in `metrics`. rows: of `samr1_mini.evaluate`.
     """
     for name in protocols(s):
         figures = f"gIoU {metrics[f'{name}_giou']:.3f}, cIoU {metrics[f'{name}_ciou']:.3f}"
@@ -92,7 +102,8 @@ def print_protocols(metrics: dict, rows: list[dict], s) -> None:
             print(f"{ours} was probably counted by --protocol segzero, so not printed here")
     if skipped := len(rows) - metrics["n"]:
         print(f"{skipped} samples could not be used and count in no metric")
-    if several := sum(row.get("objects", 1) > 1 for row in rows):
+    answers = [row["answer"] for row in rows if "answer" in row]
+    if several := sum(count_objects(answer) > 1 for answer in answers):
         print(f"{several} answers list several objects, of which only the first counts")
 
 

@@ -7,9 +7,6 @@ in the folder can be read.
 import contextlib
 import json
 import os
-import pickle
-import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -19,23 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
 from data import BadSample, Sample
-from plumbing.command_line import exit_on_error
+from plumbing.errors import UserError, reason_of
 
 try:
-    import fcntl  # locks of files
     import resource  # peak memory of the process
-except ImportError:  # Windows has no such modules
-    fcntl = resource = None
+except ImportError:  # Windows has no such module
+    resource = None
 
-_locks = {}  # mark: the descriptor of its open file, whose lock this process holds
-
-MARK = ".samr1-mini"  # this file marks the folder of a run; it holds the name of the command
-RUN_FILES = """config.json metrics.jsonl eval.json answers.jsonl report.html curves.png sheet.png
-    adapter checkpoint rollouts samples""".split()
+LOCK = ".lock"  # a file in the folder of a run, locked by the process that writes to it
+_locks = []  # those that this process holds until it ends
 
 
 # --------------------------------------------------------------------------------------------------
@@ -44,15 +38,28 @@ RUN_FILES = """config.json metrics.jsonl eval.json answers.jsonl report.html cur
 
 
 @contextlib.contextmanager
+def writing(path: Path):
+    """Turn an error of the disk into a UserError that says how to continue."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be written ({reason_of(error)})"
+        raise UserError(
+            f"{path} {reason}: make room; a checkpoint goes on with --resume"
+        ) from error
+
+
+@contextlib.contextmanager
 def whole_file(path: Path):
     """Write a file completely or not at all: under a temporary name, which is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,100 +72,36 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary)
 
 
-def open_run(out: Path, command: str, resume: bool, overwrite: bool, inputs: list[str]) -> None:
-    """Prepare the folder of a run. Raises ValueError if that would endanger other files.
+def append_line(file: Path, row: dict) -> None:
+    with writing(file), open(file, "a") as log:
+        log.write(json.dumps(row) + "\n")
 
-    command: "train" or "eval", written into the folder's mark.
-    inputs:  what the settings name as inputs. A folder that contains one is never an output.
-    With `overwrite` the files of an existing run are deleted, but only in a folder with the mark,
-    and only if it holds nothing else.
+
+def open_run(s, name: str) -> Path:
+    """The folder of a run, locked until this process ends: that of --out, or the first free of
+    `name`, `name`-2, `name`-3 and so on. Raises UserError.
+
+    A new run takes an empty folder only, so it deletes nothing.
     """
-    mark = out / MARK
-    if resume:
-        if not mark.is_file() or mark.read_text() != command:
-            raise ValueError(f"this is not the folder of a `{command}` run: name another one")
-        lock_run(mark)
-        return remove_leftovers(out)
-    for name in inputs:  # "refcocog:ROOT", "FOLDER", "hub:FOLDER@ROOT"
-        path = name.partition(":")[2] or name
-        paths = [Path(part).expanduser() for part in (path, *path.split("@")) if part]
-        if any(one.exists() and one.resolve().is_relative_to(out.resolve()) for one in paths):
-            raise ValueError(f"it holds {name}, which this command reads: name another folder")
-    names = {file.name for file in out.iterdir()} if out.exists() else set()
-    leftovers = {name for name in names if is_temporary(out / name)}
-    if names - leftovers and not mark.is_file():
-        raise ValueError("this folder holds other files than a run: name another one")
-    if names - leftovers - {MARK} and not overwrite:
-        way = "continue it with --resume, " if can_be_resumed(out) else ""
-        raise ValueError(
-            f"it holds a run: {way}replace it with --overwrite, or name another folder"
+    number = 1
+    out = Path(s.out or name).expanduser()
+    while not s.out and out.exists():
+        number += 1
+        out = Path(f"{name}-{number}")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"--out {out}: another process is writing to it") from error
+    _locks.append(lock)
+    if not s.resume and any(file.name != LOCK for file in out.iterdir()):
+        raise UserError(
+            f"--out {out}: it is not empty: name another folder, delete it, or continue the run "
+            "in it with --resume"
         )
-    if others := sorted(names - leftovers - {MARK, *RUN_FILES}):
-        raise ValueError(f"it also holds {', '.join(others[:3])}: move that away first")
-    out.mkdir(parents=True, exist_ok=True)
-    lock_run(mark)
-    for name in names - {MARK}:
-        remove(out / name)
-    mark.write_text(command)
-
-
-def can_be_resumed(out: Path) -> bool:
-    """Whether --resume can continue what is in a run's folder."""
-    mark, checkpoint = out / MARK, out / "checkpoint" / "state.pt"
-    saved = mark.is_file() and (mark.read_text() == "eval" or checkpoint.is_file())
-    return saved and (out / "config.json").is_file()
-
-
-@contextlib.contextmanager
-def writing_to(out: Path):
-    """Turn an error of the disk into one line that says how to continue, and exit with code 2."""
-    try:
-        yield
-    except OSError as error:
-        way = "--resume" if can_be_resumed(out) else "--overwrite"
-        with exit_on_error(f"--out {out} cannot be written (make room, then {way})"):
-            raise error
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link, or a folder with what it holds."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def remove_leftovers(out: Path) -> None:
-    """Delete what a killed process has left of interrupted writes in a run's folder."""
-    inside = [*out.glob("checkpoint/*"), *out.glob("rollouts/*"), *out.glob("samples/*")]
-    half = [file for file in inside if re.fullmatch(r"(state|step_\d+)\.tmp\.\w+", file.name)]
-    for path in half + [path for path in out.iterdir() if is_temporary(path)]:
-        remove(path)
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a file or folder is left over from a write that was interrupted."""
-    if path.is_dir():  # of `save_checkpoint`
-        return re.fullmatch(r"tmp\w{8}\.tmp", path.name) is not None
-    files = [Path(name) for name in RUN_FILES if "." in name]
-    return path.name in {f"{file.stem}.tmp{file.suffix}" for file in files}  # of `whole_file`
-
-
-def lock_run(mark: Path) -> None:
-    """Lock a run's folder until this process ends. Raises ValueError if another process has it."""
-    mark = mark.resolve()
-    if fcntl is None or mark in _locks:
-        return
-    descriptor = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError("another process is writing to it: wait, or name another folder") from None
-    _locks[mark] = descriptor
-
-
-def save_settings(out: Path, settings) -> None:
-    """Write config.json, which --resume continues with."""
-    config = asdict(settings) | {"out": str(out), "resume": False, "overwrite": False}
-    write_text(out / "config.json", json.dumps(config, indent=2))
+    return out
 
 
 def start_metrics(out: Path, settings, steps: int) -> list[dict]:
@@ -181,29 +124,28 @@ def start_answers(out: Path, settings) -> list[dict]:
 
 
 def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
-    save_settings(out, settings)
+    config = asdict(settings) | {"out": str(out), "resume": False}
+    write_text(out / "config.json", json.dumps(config, indent=2))
     write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(file: Path, keys: set[str]) -> list[dict]:
     """The lines of a log, each a JSON object with one of these keys. Empty without the file.
 
-    Exits with code 2 and one line if a line is anything else.
+    Raises UserError if a line is anything else.
     """
     if not file.exists():
         return []
-    with exit_on_error(f"{file} is damaged, mend or delete it, then --resume"):
-        # A line without an end was cut off by the interruption.
-        rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not keys & row.keys():
-                raise ValueError(f"line {number} is not one that this version writes")
+    # A line without an end was cut off by the interruption.
+    lines = file.read_text().split("\n")[:-1]
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): mend or delete it, then --resume") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not keys & row.keys():
+            raise UserError(f"{file} is damaged (line {number}): mend or delete it, then --resume")
     return rows
-
-
-def append_line(file: Path, row: dict) -> None:
-    with open(file, "a") as log:
-        log.write(json.dumps(row) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,18 +157,22 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
     """Save all that an exact resume needs, and the adapter in peft's format with a model card.
 
     The order of the data and the learning rate follow from the step. results: for eval.json.
-    Raises OSError.
     """
     # False: peft would ask the hub whether the base model's vocabulary has another size.
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    state = {"step": step, "adapter": weights, "optimizer": optimizer.state_dict()}
-    state |= {"generator": generator.get_state(), "results": results}
+    state = {
+        "step": step,
+        "adapter": weights,
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+        "results": results,
+    }
     with whole_file(out / "checkpoint" / "state.pt") as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # torch's way to say that the disk is full
             raise OSError(str(error)) from error
-    with tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
+    with writing(out), tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)  # several files
         (Path(folder) / "README.md").write_text(model_card(s, step, results))
         (out / "adapter").mkdir(exist_ok=True)
@@ -236,19 +182,21 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
 
 
 def load_checkpoint(out: Path, model, optimizer, generator) -> tuple[int, dict]:
-    """Restore a checkpoint. Returns its step and results. Raises OSError or ValueError."""
+    """Restore a checkpoint. Returns its step, and its results of "before" and "ceiling"."""
     file = out / "checkpoint" / "state.pt"
     if not file.is_file():
-        raise FileNotFoundError("no checkpoint was saved there yet: start again with --overwrite")
+        raise UserError(f"--resume: {out} has no checkpoint yet: start another run")
     try:
         # Load to the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
         state = torch.load(file, map_location="cpu", weights_only=True)
         set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
-        return state["step"], state["results"]
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} does not fit this model and these settings: {error}") from error
+    except Exception as error:  # a damaged file can raise anything
+        reason = f"does not fit this model and these settings ({reason_of(error)})"
+        raise UserError(f"--resume: {file} {reason}: start another run") from error
+    state["results"].pop("after", None)
+    return state["step"], state["results"]
 
 
 def model_card(s, step: int, results: dict) -> str:
@@ -307,7 +255,8 @@ def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
 
     A sample that cannot be used is reported and replaced by the next one of the data set.
     """
-    batch, skipped = [], 0
+    batch = []
+    skipped = 0
     for index in chosen:
         for attempt in range(100):
             try:
@@ -317,8 +266,9 @@ def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
                 skipped += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         else:
-            with exit_on_error("--data"):
-                raise ValueError("100 samples in a row cannot be used, see above: mend the files")
+            raise UserError(
+                "--data: 100 samples in a row cannot be used, see above: mend the files"
+            )
     return batch, skipped
 
 
@@ -356,14 +306,17 @@ class PhaseTimer:
     """Seconds and peak memory of each phase of a step. On a GPU, a phase ends when it is done."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.peaks = device, {}, {}
+        self.device = device
+        self.seconds = {}
+        self.peaks = {}
         self.started = self.last = time.perf_counter()
 
     def end(self, phase: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[phase], self.last = now - self.last, now
+        self.seconds[phase] = now - self.last
+        self.last = now
         self.peaks[phase] = peak_mib(self.device)
 
     def row(self, completions) -> dict[str, float]:
@@ -431,5 +384,5 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
             print(f"{label}: {start:.2f} -> {end:.2f} (first {first} and last {last} steps)")
         low, high = (np.mean([row[name] for row in metrics]) for name in ("clip_low", "clip_high"))
         print(f"ratio clipped below {low:.2%}, above {high:.2%} of tokens")
-    files = sorted(p.name + "/" * p.is_dir() for p in out.iterdir() if p.name != MARK)
+    files = sorted(p.name + "/" * p.is_dir() for p in out.iterdir() if p.name != LOCK)
     print(f"written to {out}: {', '.join(files)}")

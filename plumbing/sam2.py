@@ -4,13 +4,14 @@ The paper's segmenter is SAM2-Large: `--sam sam2:facebook/sam2-hiera-large`. Res
 and the masks at full size are those of the model's own image processor.
 """
 
-import contextlib
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoConfig, Sam2Config, Sam2ImageProcessor, Sam2Model
 from transformers.utils import logging
+
+from plumbing.errors import UserError, reason_of
 
 EXAMPLE = "facebook/sam2-hiera-large"
 # Folders on the hub hold the model for videos. That for images is a part of it.
@@ -19,7 +20,7 @@ PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 
 
 class Sam2(Sam2Model):
-    """transformers' model, with the four steps of `plumbing.sam.Sam1`.
+    """transformers' model, with the four steps of `reward.Sam1`.
 
     Images are resized to a square without keeping the aspect ratio: one factor for each axis, and
     no padding.
@@ -73,37 +74,19 @@ class Sam2(Sam2Model):
         return resize([logits[None]], [size], binarize=False)[0][0]
 
 
-@contextlib.contextmanager
-def reading(name: str):
-    """Turn an error while a model is read into a ValueError of one line.
-
-    transformers' warnings are off: of a model for videos, and its table of bad weights.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    except Exception as error:  # a damaged file can raise anything; the blocks only read
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{name} cannot be read as a SAM 2: use a hub name such as {EXAMPLE}, or fetch all "
-            f"files of the folder again ({reason})"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 def sam2_config(name: str) -> Sam2Config:
-    """The config of a SAM 2, without its weights. See `load_sam2`."""
+    """The config of a SAM 2, without its weights. Raises UserError. See `load_sam2`."""
     if not name:
-        raise ValueError(f"sam2 needs a model: write sam2:{EXAMPLE} or sam2:FOLDER")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"there is no folder {name}: use sam2:{EXAMPLE} or sam2:FOLDER")
-    with reading(name):
+        raise UserError(f"--sam sam2: it needs a model: write sam2:{EXAMPLE} or sam2:FOLDER")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"--sam sam2:{name}: there is no such folder")
+    try:
         config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(unreadable(name, error)) from error
     if config.model_type not in MODEL_TYPES:
         kind = config.model_type
-        raise ValueError(f"{name} holds a model of type {kind}, not a SAM 2: use sam2:{EXAMPLE}")
+        raise UserError(f"--sam sam2:{name}: it holds a {kind}, not a SAM 2: use sam2:{EXAMPLE}")
     return Sam2Config(**{part: getattr(config, part) for part in PARTS})
 
 
@@ -111,22 +94,40 @@ def load_sam2(name: str) -> Sam2:
     """Load a SAM 2, frozen, in float32 and on the CPU, with its image processor.
 
     name: hub name or local folder of transformers' `Sam2Model` or `Sam2VideoModel`.
-    Raises ValueError or FileNotFoundError with one line that names the problem and the remedy.
+    Raises UserError.
     """
-    options = dict(config=sam2_config(name), dtype=torch.float32, ignore_mismatched_sizes=True)
-    with reading(name):
-        sam, info = Sam2.from_pretrained(name, output_loading_info=True, **options)
+    config = sam2_config(name)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of is checked below
+    try:
+        sam, info = Sam2.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
         sam.image_processor = Sam2ImageProcessor.from_pretrained(name)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(unreadable(name, error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
     # transformers leaves these random.
     if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
-        raise ValueError(
-            f"{name} lacks {len(wrong)} weights of this model, or has them in another size "
-            f"({wrong[0]}): fetch all of its files again"
+        raise UserError(
+            f"--sam sam2:{name}: it lacks {len(wrong)} weights of this model, or has them in "
+            f"another size ({wrong[0]}): fetch all of its files again"
         )
-    side, size = sam.config.prompt_encoder_config.image_size, sam.image_processor.size
+    side = sam.config.prompt_encoder_config.image_size
+    size = sam.image_processor.size
     if {size.height, size.width} != {side}:
-        raise ValueError(
-            f"{name} takes images of {side} x {side} pixels, but its preprocessor_config.json "
-            f"says {size.width} x {size.height}: fetch all of its files again"
+        raise UserError(
+            f"--sam sam2:{name}: it takes images of {side} x {side} pixels, but its "
+            f"preprocessor_config.json says {size.width} x {size.height}: fetch it again"
         )
     return sam.eval().requires_grad_(False)
+
+
+def unreadable(name: str, error: Exception) -> str:
+    mend = f"use a hub name such as {EXAMPLE}, or fetch all files of the folder again"
+    return f"--sam sam2:{name}: it cannot be read as a SAM 2: {mend} ({reason_of(error)})"

@@ -1,10 +1,11 @@
-"""scenes.py - how drawn scenes are painted, which queries fit them, and good points of a mask."""
+"""scenes.py - draw scenes, find the queries that fit them, and find good points of a mask."""
 
 import random
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -16,6 +17,132 @@ PLAIN_KINDS = ("circle", "square", "triangle", "star")  # these also stand alone
 KINDS = (*PLAIN_KINDS, "diamond", "ring")  # diamonds and rings occur in clusters only
 MARGIN = 0.06  # "left of", "topmost": the second is at least this share of the image side away
 RATIO = 1.25  # "largest", "smallest": the second's area differs at least by this factor
+
+SIZES = ((96, 96), (96, 96), (128, 96), (96, 128))  # W, H in pixels: half the scenes are not square
+SMALL = (0.09, 0.2)  # radius of a single shape, over the short side of the image
+LARGE = (0.2, 0.32)  # radius of a cluster
+
+# A cluster is two shapes around one centre. The front shape hides the middle of the back shape, so
+# a box around the back shape does not tell which of the two is meant: its points have to.
+CLUSTER_SHARE = 0.75  # share of scenes with a cluster
+CLUSTERS = {  # share of each sort of cluster
+    "inlay": 0.6,  # a diamond on a square with the same box: only four corners of the square show
+    "ring": 0.2,  # a shape in the hole of a ring
+    "covered": 0.2,  # a shape on the middle of a circle or a square
+}
+HARD_SHARE = 0.9  # share of queries about the back shape, in scenes where one can be asked
+
+
+@dataclass
+class Thing:
+    """One drawn object, its visible pixels, and the tightest box around them."""
+
+    kind: str
+    colour: str
+    mask: np.ndarray  # (H, W) bool, the visible pixels
+    box: tuple[int, int, int, int]  # x1, y1, x2, y2 in image pixels, x2 and y2 exclusive
+    centre: tuple[float, float]  # x, y of the centre of the box
+
+    @cached_property
+    def area(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def box_area(self) -> int:
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+    @property
+    def hard(self) -> bool:
+        """Whether the centre of its box shows something else, so that the points decide."""
+        x, y = self.centre
+        return not self.mask[int(y), int(x)]
+
+
+def draw_scene(rng: random.Random, count: int) -> tuple[Image.Image, list[Thing]]:
+    """Draw `count` shapes on a shaded, noisy background (at least two if there is a cluster).
+
+    Later shapes cover earlier ones. The cluster comes last, so nothing covers it.
+    """
+    width, height = rng.choice(SIZES)
+    cluster = rng.random() < CLUSTER_SHARE
+    places = max(1, count - 1) if cluster else count
+    circles = place_circles(rng, width, height, places, cluster)
+    shapes = []  # (kind, colour, x, y, radius), from the back to the front
+    for x, y, radius in circles[1:] if cluster else circles:
+        kind = rng.choice(PLAIN_KINDS)
+        colour = rng.choice(list(COLOURS))
+        shapes.append((kind, colour, x, y, radius))
+    if cluster:
+        x, y, radius = circles[0]
+        shapes += cluster_shapes(rng, x, y, radius)
+    image = Image.fromarray(background(rng, width, height))
+    owner = np.zeros((height, width), np.uint8)  # number of the visible shape, 0: background
+    for number, (kind, colour, x, y, radius) in enumerate(shapes, 1):
+        stencil = Image.new("1", (width, height))
+        draw_shape(ImageDraw.Draw(stencil), kind, x, y, radius)
+        image.paste(COLOURS[colour], mask=stencil)
+        owner[np.asarray(stencil)] = number
+    pixels = np.asarray(image, np.int16) + noise(rng, width, height)
+    things = [
+        visible_thing(kind, colour, owner == number)
+        for number, (kind, colour, *_) in enumerate(shapes, 1)
+    ]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), things
+
+
+def place_circles(
+    rng: random.Random, width: int, height: int, count: int, cluster: bool
+) -> list[tuple[float, float, float]]:
+    """Choose centre and radius (x, y, r) of each shape, in pixels, so that all lie in the image.
+
+    With `cluster`, the first one is large and stands apart. Otherwise, in 40 % of the scenes, the
+    shapes touch or overlap a little: there a loose box costs mask IoU.
+    """
+    crowded = not cluster and rng.random() < 0.4
+    nearest = 0.8 if crowded else 1.1  # smallest distance of two centres, in units of the two radii
+    placed = []
+    while len(placed) < count:
+        least, most = LARGE if cluster and not placed else SMALL
+        radius = rng.uniform(least, most) * min(width, height)
+        if crowded and placed:
+            x, y, other = rng.choice(placed)
+            reach = (radius + other) * rng.uniform(0.85, 1.05)
+            angle = rng.uniform(0, 2 * np.pi)
+            x = x + reach * np.cos(angle)
+            y = y + reach * np.sin(angle)
+        else:
+            x = rng.uniform(radius, width - radius)
+            y = rng.uniform(radius, height - radius)
+        inside = radius <= x <= width - radius and radius <= y <= height - radius
+        apart = (np.hypot(x - a, y - b) > nearest * (radius + r) for a, b, r in placed)
+        if inside and all(apart):
+            placed.append((x, y, radius))
+        elif rng.random() < 0.02:  # about every 50 failures: there may be no room left
+            placed = []
+    return placed
+
+
+def cluster_shapes(
+    rng: random.Random, x: float, y: float, radius: float
+) -> list[tuple[str, str, float, float, float]]:
+    """The back shape and the front shape of a cluster, each as (kind, colour, x, y, radius)."""
+    back, front = rng.sample(list(COLOURS), 2)
+    sort = rng.choices(list(CLUSTERS), list(CLUSTERS.values()))[0]
+    if sort == "inlay":  # both reach 0.85 * radius from the centre: the same box, to the pixel
+        return [("square", back, x, y, radius), ("diamond", front, x, y, 0.85 * radius)]
+    kind = rng.choice(PLAIN_KINDS)
+    if sort == "ring":
+        return [("ring", back, x, y, radius), (kind, front, x, y, 0.42 * radius)]
+    back_kind = rng.choice(("circle", "square"))
+    return [(back_kind, back, x, y, radius), (kind, front, x, y, 0.5 * radius)]
+
+
+def visible_thing(kind: str, colour: str, mask: np.ndarray) -> Thing:
+    """The thing whose visible pixels are `mask`, (H, W) bool."""
+    columns = np.flatnonzero(mask.any(0))
+    rows = np.flatnonzero(mask.any(1))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return Thing(kind, colour, mask, box, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float) -> None:
@@ -61,7 +188,8 @@ def background(rng: random.Random, width: int, height: int) -> np.ndarray:
     The gradients tell a small vision tower where a patch is. It learns positions in half the time.
     """
     x, y = ramps(width, height)
-    light, fall = rng.uniform(235, 250), rng.uniform(90, 120)
+    light = rng.uniform(235, 250)
+    fall = rng.uniform(90, 120)
     channels = (light - fall * x, np.full_like(x, light - rng.uniform(20, 45)), light - fall * y)
     return np.stack(channels, -1).astype(np.uint8)
 
@@ -72,7 +200,7 @@ def noise(rng: random.Random, width: int, height: int) -> np.ndarray:
     return raw.astype(np.int16) % 13 - 6
 
 
-def clearly_larger(a, b) -> bool:
+def clearly_larger(a: Thing, b: Thing) -> bool:
     """Whether `a` is larger than `b`, both by its visible area and by its box.
 
     A reader may judge a covered shape by what is seen of it or by its outline.
@@ -80,7 +208,9 @@ def clearly_larger(a, b) -> bool:
     return a.area >= RATIO * b.area and a.box_area >= b.box_area
 
 
-def unambiguous_queries(things: list, width: int, height: int) -> dict[str, list[tuple[str, int]]]:
+def unambiguous_queries(
+    things: list[Thing], width: int, height: int
+) -> dict[str, list[tuple[str, int]]]:
     """All queries that fit exactly one thing: {sort of query: [(query, index of the thing), ...]}.
 
     Sorts: "look" (the red star), "only" (the only star), "size" (the largest circle),
@@ -115,33 +245,43 @@ def unambiguous_queries(things: list, width: int, height: int) -> dict[str, list
         if all(clearly_larger(things[i], things[smallest]) for i in others):
             add("size", f"the smallest {name}", smallest)
 
-    if len(things) > 1:
-        words = ("leftmost", "left of", "rightmost", "right of")
-        add_positions(things, 0, width, words, family, add)
-        add_positions(things, 1, height, ("topmost", "above", "bottommost", "below"), family, add)
+    for sort, query, index in position_queries(things, width, height):
+        add(sort, query, index)
     return found
 
 
-def add_positions(things, axis: int, side: int, words: tuple[str, ...], family, add) -> None:
-    """Add the "edge" and "relation" queries along one axis (0: x, 1: y; its `side` in pixels)."""
-    place = [thing.centre[axis] for thing in things]
-    order = sorted(range(len(things)), key=place.__getitem__)
-    for (end, second, *_), edge, relation in ((order, *words[:2]), (order[::-1], *words[2:])):
-        if abs(place[second] - place[end]) <= MARGIN * side:
+def position_queries(things: list[Thing], width: int, height: int) -> list[tuple[str, str, int]]:
+    """The queries of the sorts "edge" and "relation", as (sort, query, index of the thing)."""
+    if len(things) < 2:
+        return []
+    found = []
+    looks = [(thing.colour, thing.kind) for thing in things]
+    x = [thing.centre[0] for thing in things]
+    y = [thing.centre[1] for thing in things]
+    for places, side, edge, relation in (
+        (x, width, "leftmost", "left of"),
+        ([-v for v in x], width, "rightmost", "right of"),
+        (y, height, "topmost", "above"),
+        ([-v for v in y], height, "bottommost", "below"),
+    ):
+        margin = MARGIN * side
+        first, second, *_ = order = sorted(range(len(things)), key=places.__getitem__)
+        if places[second] - places[first] <= margin:
             continue
-        add("edge", f"the {edge} shape", end)
+        found.append(("edge", f"the {edge} shape", first))
         # All others lie beyond `second`, so exactly one shape is "left of" it. Ask only if each of
         # the others is clearly on its side of `second`, and if `second` is easy to name.
-        others = [i for i in order if i != second]
-        clear = all(abs(place[i] - place[second]) > MARGIN * side for i in others)
-        kind, colour = things[second].kind, things[second].colour
-        if clear and len(family(kind, colour)) == 1:
-            add("relation", f"the shape {relation} the {colour} {kind}", end)
+        clear = all(abs(places[i] - places[second]) > margin for i in order if i != second)
+        if clear and looks.count(looks[second]) == 1:
+            landmark = " ".join(looks[second])
+            found.append(("relation", f"the shape {relation} the {landmark}", first))
+    return found
 
 
-def taught_thought(thing, size: tuple[int, int]) -> str:
+def taught_thought(thing: Thing, size: tuple[int, int]) -> str:
     """What the tiny model was taught to think about a thing in an image of `size` (W, H)."""
-    (x, y), (width, height) = thing.centre, size
+    x, y = thing.centre
+    width, height = size
     column = ("left", "middle", "right")[min(2, int(3 * x / width))]
     row = ("top", "middle", "bottom")[min(2, int(3 * y / height))]
     return f"the {thing.colour} {thing.kind} is at the {row} {column}"
@@ -167,10 +307,14 @@ def interior_points(mask: np.ndarray) -> tuple[tuple[float, float], ...]:
     if not mask[::stride, ::stride].any():
         stride = 1
     small = mask[::stride, ::stride]
-    columns, rows = np.flatnonzero(small.any(0)), np.flatnonzero(small.any(1))
-    top, height, middle = rows[0], rows[-1] + 1 - rows[0], (columns[0] + columns[-1]) / 2
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    small, (y, x) = small[box], np.ogrid[box]  # the rest of the image cannot be chosen
+    columns = np.flatnonzero(small.any(0))
+    rows = np.flatnonzero(small.any(1))
+    top = rows[0]
+    height = rows[-1] + 1 - top
+    middle = (columns[0] + columns[-1]) / 2
+    box = np.s_[top : top + height, columns[0] : columns[-1] + 1]
+    small = small[box]  # the rest of the image cannot be chosen
+    y, x = np.ogrid[box]
     depth = edge_distance(small, limit=4)
     depth = depth - 0.07 * abs(x - middle) - 0.6 * (x > middle + 3)
     points = []

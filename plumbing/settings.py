@@ -1,19 +1,28 @@
-"""settings.py - every setting of the commands, with its meaning and its source.
+"""settings.py - every setting of the commands, with its meaning, and the command line made of them.
 
 The defaults are those of the embedded models. A preset changes some of them, and a flag on the
 command line wins over both. "Paper" is what SAM-R1 used, *Assumed* marks what it leaves open. What
 nobody would change in a run of their own is a constant beside the code that uses it.
 """
 
+import dataclasses
+import json
 import math
-import operator
 from dataclasses import dataclass
+from pathlib import Path
 
-from plumbing.command_line import parse, setting
+from transformers import HfArgumentParser
+
+from plumbing.errors import UserError
+from plumbing.rewards import ACCURACY
 
 PRESETS = ("tiny", "qwen2b", "qwen3b", "qwen7b")
-# See `reward.accuracy_reward`, `reward.box_ious` and `reward.segzero_reward`.
-ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
+
+
+def setting(default, meaning: str, choices: tuple = ()):
+    """A field of a settings class, with its line in --help."""
+    metadata = {"help": meaning} | ({"choices": list(choices)} if choices else {})
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -31,11 +40,9 @@ class Models:
     device: str = setting("auto", "auto takes cuda, then mps, then cpu; also cuda:N")
     dtype: str = setting(
         "auto",
-        "of the policy; auto: bfloat16 on a GPU, else float32. The adapter is always float32",
-        ("auto", "bfloat16", "float16", "float32"),
-    )
-    load_in_4bit: bool = setting(
-        False, "hold the language model's frozen weights in 4 bit (NF4); needs bitsandbytes"
+        "of the policy; auto: bfloat16 on a GPU, else float32; 4bit: the language model's frozen "
+        "weights in NF4, needs bitsandbytes. The adapter is always float32",
+        ("auto", "bfloat16", "float16", "float32", "4bit"),
     )
     side: int = setting(64, "images are resized to this square, pixels. Paper: 840")
     prompt: str = setting(
@@ -45,7 +52,6 @@ class Models:
         ("full", "brief", "segzero", "visionreasoner"),
     )
     max_new_tokens: int = setting(48, "longest completion, tokens; the tiny model needs 30")
-    rollout_prompts: int = setting(64, "prompts that are decoded together, with all completions")
     save_memory: int = setting(
         0,
         "0: no; 1: one prompt in a forward and backward pass, not a whole mini-batch; 2: recompute "
@@ -61,9 +67,8 @@ class Data:
         "shapes, refcocog|refcoco|refcoco+|reasonseg:ROOT[/SPLIT], or hub:NAME[@ROOT], a set of "
         "Hugging Face's hub or a local folder of parquet files. Paper: RefCOCOg",
     )
-    out: str = setting("", "folder of the run (default: one in runs/)")
+    out: str = setting("", "folder of the run (default: the next free one in runs/)")
     resume: bool = setting(False, "continue the run in --out")
-    overwrite: bool = setting(False, "delete an existing run in --out")
 
 
 @dataclass
@@ -72,14 +77,12 @@ class Rollouts:
     train_samples: int = setting(
         3000, "size of the subset of RefCOCO's training split. Paper: 3,000 of 104,560"
     )
-    data_seed: int = setting(0, "seed for choosing the training samples: tools.fetch's --seed")
     seed: int = setting(0, "seed of the adapter's weights, the order of samples, and sampling")
     prompts_per_step: int = setting(8, "B, prompts in a step. *Assumed*: the paper does not say")
     group_size: int = setting(8, "G, completions for each prompt. Paper: 8")
     temperature: float = setting(
         1.0, "of sampling. *Assumed*; at 1 the policy is trained as it is sampled"
     )
-    top_p: float = setting(1.0, "nucleus sampling, 1 is off. *Assumed*")
     accuracy: str = setting(
         "tiered",
         "accuracy reward: tiered (paper), 4 above a fixed IoU, or 4 x the IoU (Table 3); also, "
@@ -91,8 +94,7 @@ class Rollouts:
 @dataclass
 class Objective:
     _argument_group_name = "objective and optimisation"
-    eps_low: float = setting(0.2, "clip ratios at 1 - eps_low. Paper: the usual 0.2")
-    eps_high: float = setting(0.3, "clip ratios at 1 + eps_high. Paper: 0.3")
+    eps_high: float = setting(0.3, "clip ratios above 1 + eps_high. Paper: 0.3, and 0.2 below")
     beta: float = setting(
         0.005, "weight of the KL term. *Assumed* (Seg-Zero's); the paper keeps the term, Figure 4a"
     )
@@ -106,9 +108,8 @@ class Objective:
     minibatches: int = setting(
         2, "updates in a pass, each on its share of the prompts. *Assumed*; one clips nothing"
     )
-    lr: float = setting(1e-3, "learning rate of AdamW. Paper: 1e-6 for full fine-tuning")
-    lr_decay: str = setting(
-        "linear", "linear to zero at the last step. *Assumed*", ("linear", "constant")
+    lr: float = setting(
+        1e-3, "learning rate of AdamW. Paper: 1e-6 for full fine-tuning. It decays linearly"
     )
     lora_rank: int = setting(16, "rank of the adapter. Not in the paper, which trains all weights")
     eval_samples: int = setting(256, "held-out samples before and after training")
@@ -138,94 +139,135 @@ class SegmentFlags:
 
 
 @dataclass
-class DemoFlags:
-    _argument_group_name = "page"
-    adapter: str = setting("none", "folder of a trained adapter, or none for the base model alone")
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines ask too")
-    port: int = setting(7860, "port to listen on")
-
-
-@dataclass
 class Settings(Models, Data, Rollouts, Objective):
-    """Settings of `train`."""
+    """Evaluate, train with GRPO, evaluate again."""
 
 
 @dataclass
 class EvalSettings(Models, Data, EvalFlags):
-    """Settings of `eval`."""
+    """Compute the metrics of an adapter, or of the base model."""
 
 
 @dataclass
 class SegmentSettings(Models, SegmentFlags):
-    """Settings of `segment`."""
-
-
-@dataclass
-class DemoSettings(Models, DemoFlags):
-    """Settings of `python -m tools.demo`."""
+    """Segment what a query refers to in one picture."""
 
 
 VIT_B = "vit_b:sam_vit_b_01ec64.pth"
 # One GPU. Paper: side, G, eps, 3,000 samples (375 steps of 8 prompts). *Assumed*: the rest.
 QWEN = dict(
     sam="vit_h:sam_vit_h_4b8939.pth", data="refcocog:data", side=840, prompt="full",
-    max_new_tokens=512, steps=375, lr=1e-5, lr_decay="constant", epochs=1, lora_rank=32,
-    rollout_prompts=8, save_memory=3, save_every=25,
+    max_new_tokens=512, steps=375, lr=1e-5, epochs=1, lora_rank=32, save_memory=3, save_every=25,
 )  # fmt: skip
 PRESET_VALUES = {
     "tiny": {},
-    "qwen2b": QWEN | dict(vlm="Qwen/Qwen3-VL-2B-Instruct", sam=VIT_B, rollout_prompts=3),
+    "qwen2b": QWEN | dict(vlm="Qwen/Qwen3-VL-2B-Instruct", sam=VIT_B),
     "qwen3b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-3B-Instruct"),
-    "qwen7b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct", rollout_prompts=4),
+    "qwen7b": QWEN | dict(vlm="Qwen/Qwen2.5-VL-7B-Instruct"),
 }
+# Prompts that are decoded together, with all of their completions: what the preset's card holds.
+ROLLOUT_PROMPTS = {"tiny": 64, "qwen2b": 3, "qwen3b": 8, "qwen7b": 4}
+
+# The smallest and the largest value of each number. All of them must also be finite.
+LARGEST = 2**63 - 1
+BOUNDS = {
+    "side": (1, 4096),
+    "max_new_tokens": (1, 4096),
+    "save_memory": (0, 3),
+    "train_samples": (1, LARGEST),
+    "seed": (0, LARGEST),
+    "prompts_per_step": (1, LARGEST),
+    "group_size": (2, LARGEST),  # the advantage compares the completions of a group
+    "temperature": (1e-4, LARGEST),
+    "eps_high": (0, LARGEST),
+    "beta": (0, LARGEST),
+    "steps": (0, LARGEST),
+    "epochs": (1, LARGEST),
+    "minibatches": (1, LARGEST),
+    "lr": (1e-12, LARGEST),
+    "lora_rank": (1, 1024),
+    "eval_samples": (1, LARGEST),
+    "save_every": (1, LARGEST),
+    "limit": (0, LARGEST),
+    "port": (1, 65535),
+}
+
+CLASSES = {"train": Settings, "eval": EvalSettings, "segment": SegmentSettings}
 # --resume may change how far a run goes, where things are, and how they are computed.
-MAY_CHANGE = set(
-    "steps vlm sam data device dtype out rollout_prompts save_memory save_every limit".split()
-)
+MAY_CHANGE = {*"steps vlm sam data device dtype out resume save_memory save_every limit".split()}
 
 
-# Bounds of the numbers above. All of them must also be finite.
-AT_LEAST = {
-    0: "seed data_seed eps_low eps_high beta steps limit save_memory",
-    1: """side max_new_tokens rollout_prompts train_samples prompts_per_step epochs minibatches
-        lora_rank eval_samples save_every port""",
-    2: "group_size",  # the advantage compares the completions of a group
-}
-ABOVE = {0: "temperature top_p lr"}
-AT_MOST = {
-    1: "eps_low top_p",
-    3: "save_memory",
-    1024: "lora_rank",
-    4096: "side max_new_tokens",
-    65535: "port",
-    2**63 - 1: "seed data_seed",
-}
-CLASSES = {
-    "train": (Settings, "Evaluate, train with GRPO, evaluate again."),
-    "eval": (EvalSettings, "Compute the metrics of an adapter, or of the base model."),
-    "segment": (SegmentSettings, "Segment what a query refers to in one picture."),
-}
+def rollout_prompts(s) -> int:
+    return ROLLOUT_PROMPTS[s.preset]
+
+
+class Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def parse_settings(command: str, argv: list[str]):
-    """The settings of a command line. Bad values exit with code 2 and one line."""
-    cls, about = CLASSES[command]
-    return parse(cls, argv, f"samr1_mini.py {command}", about, PRESET_VALUES, MAY_CHANGE, problem)
+    """The settings of a command of samr1_mini.py, see `parse`."""
+    return parse(CLASSES[command], argv, program=f"samr1_mini.py {command}")
 
 
-def problem(s) -> str:
-    """What is wrong with the values of some settings, or ""."""
-    numbers = {k: v for k, v in vars(s).items() if type(v) in (int, float)}
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            return f"--{name} must be a finite number"
-    bounds = [(AT_LEAST, operator.ge, "at least"), (AT_MOST, operator.le, "at most")]
-    bounds.append((ABOVE, operator.gt, "above"))
-    for table, holds, words in bounds:
-        for bound, names in table.items():
-            for name in names.split():
-                if name in numbers and not holds(numbers[name], bound):
-                    return f"--{name} must be {words} {bound}"
+def parse(cls: type, argv: list[str], program: str):
+    """An instance of the settings class `cls` from a command line. Raises UserError.
+
+    The bases of `cls` are the groups in --help. Values come from the defaults, then from the preset
+    (or, with --resume, from the run in --out), then from the flags.
+    """
+
+    def parser() -> Parser:
+        usage = "%(prog)s [--flag value ...]"
+        about = cls.__doc__
+        groups = list(cls.__bases__)
+        return Parser(groups, prog=program, usage=usage, description=about, allow_abbrev=False)
+
+    names = {field.name for field in dataclasses.fields(cls)}
+    given = parser().parse_args(argv)  # for --preset and --resume only
+    values = {k: v for k, v in PRESET_VALUES[given.preset].items() if k in names}
+    saved = {}
+    if getattr(given, "resume", False):
+        saved = read_config(given.out, names) | {"out": given.out, "resume": True}
+    filled = parser()
+    filled.set_defaults(**(values | saved))
+    settings = cls(**vars(filled.parse_args(argv)))
+    changed = [k for k in saved if k not in MAY_CHANGE and getattr(settings, k) != saved[k]]
+    if changed:
+        flags = ", ".join(f"--{name}" for name in changed)
+        raise UserError(f"--resume continues with the run's own {flags}: leave out what differs")
+    check(settings)
+    return settings
+
+
+def read_config(out: str, names: set[str]) -> dict:
+    """The settings in the folder of a run. Raises UserError if they are not those of `names`."""
+    file = Path(out) / "config.json"
+    if not out or not file.is_file():
+        raise UserError(
+            f"--resume: there is no run in --out {out or '(not given)'}: name its folder"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"--resume: {file} is damaged ({error}): start another run") from error
+    if not isinstance(config, dict) or set(config) != names:
+        known = (
+            ", ".join(sorted(set(config) ^ names)) if isinstance(config, dict) else "no settings"
+        )
+        raise UserError(
+            f"--resume: {file} is of another version or command ({known}): start another run"
+        )
+    return config
+
+
+def check(s) -> None:
+    """Raise UserError if a number is outside its bounds."""
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(s, name, least)
+        if not (math.isfinite(value) and least <= value <= most):
+            bounds = f"at least {least}" if most == LARGEST else f"from {least} to {most}"
+            raise UserError(f"--{name} {value}: it must be {bounds}")
     if isinstance(s, Settings) and s.prompts_per_step % s.minibatches:
-        return f"--minibatches must divide --prompts_per_step, which is {s.prompts_per_step}"
-    return ""
+        raise UserError(f"--minibatches must divide --prompts_per_step, {s.prompts_per_step}")

@@ -1,24 +1,19 @@
-"""vlm.py - running a Qwen-VL model: loading, chat template, image features, a CUDA graph."""
+"""vlm.py - running a Qwen-VL model: loading, chat template, image features, positions."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import Sample, messages
-from plumbing.command_line import exit_on_error
-from plumbing.devices import choose_device, choose_dtype, four_bit, keep_gradients
+from plumbing.devices import choose_device, choose_dtype
+from plumbing.errors import UserError, reason_of
 
 # peft asks for this property of every model. The warning does not concern the user.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-
-# What transformers raises on a folder that holds no model, or a damaged one.
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError)
 
 
 @dataclass
@@ -72,54 +67,6 @@ def encode_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> P
     return Prompts(inputs["input_ids"], inputs["attention_mask"].bool(), positions, vision)
 
 
-def append_tokens(prompts: Prompts, tokens: list[list[int]]) -> Prompts:
-    """B prompts, each followed by tokens that count as the start of its completion.
-
-    Their positions continue after the prompt's largest one, as those of sampled tokens do.
-    """
-    ids, positions = [], []
-    for b, more in enumerate(tokens):
-        keep = prompts.mask[b]
-        before = prompts.positions[:, b, keep]  # (3, P)
-        after = before.max() + 1 + torch.arange(len(more))
-        ids.append(torch.cat([prompts.ids[b, keep], torch.tensor(more, dtype=torch.int64)]))
-        positions.append(torch.cat([before, after.expand(3, -1)], 1).T)
-    left = {"batch_first": True, "padding_side": "left"}
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], **left)
-    positions = pad_sequence(positions, **left).permute(2, 0, 1)
-    return Prompts(pad_sequence(ids, **left), mask, positions, prompts.vision)
-
-
-def record_graph(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
-    """Record `forward` as a CUDA graph, and return a function that replays it, or None on failure.
-
-    Why: a decoding step of the 3B policy is 2,469 kernels and 757 matrix products (counted on a
-    stubbed CUDA runtime), and to launch them takes longer than to run them (not measured on a GPU
-    yet). A graph launches all of them with one call.
-
-    `forward` must read and write the same tensors every time. It runs twice here: once on a side
-    stream, because libraries set themselves up in their first call, and once to record it.
-    """
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = forward()
-    except RuntimeError as error:
-        warnings.warn(f"decoding continues without a CUDA graph, slower: {error}", stacklevel=4)
-        return None
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return logits
-
-    return replay
-
-
 @dataclass
 class Policy:
     """A VLM with its processor, and how it is asked."""
@@ -128,7 +75,7 @@ class Policy:
     processor: object
     device: torch.device
     side: int  # of the square image it sees, pixels
-    prompt: str  # "full" or "brief", see `data.messages`
+    prompt: str  # style of the request, see `data.messages`
     coordinates: str  # "pixels" or "thousandths"
     end: torch.Tensor  # (E,) tokens that end a completion
     banned: torch.Tensor  # the vision tokens, which are never sampled
@@ -136,16 +83,12 @@ class Policy:
     scaler: torch.amp.GradScaler  # keeps small gradients above zero in float16, else does nothing
 
     @property
-    def frame(self) -> float:
+    def extent(self) -> float:
         """The number it writes for the far edge of the image, see `reward.sam_prompt`."""
         return self.side if self.coordinates == "pixels" else 1000
 
-    def read(self, samples: list[Sample], starts: list[str] | None = None) -> Prompts:
-        """Tokenise the queries and encode the images, resized without keeping the aspect ratio.
-
-        starts: texts with which the completions begin; the policy continues after them. A thinking
-                model's <think> may be part of them: it stands in the prompt once.
-        """
+    def read(self, samples: list[Sample]) -> Prompts:
+        """Tokenise the queries and encode the images, resized without keeping the aspect ratio."""
         chats = [messages(one.query, self.prompt, self.coordinates, self.side) for one in samples]
         images = [one.image.resize((self.side, self.side)) for one in samples]
         texts = self.processor.apply_chat_template(
@@ -154,12 +97,7 @@ class Policy:
         inputs = self.processor(
             text=texts, images=images, return_tensors="pt", padding=True, padding_side="left"
         )
-        prompts = encode_prompts(self.model, inputs)
-        if starts is None:
-            return prompts
-        starts = [start.removeprefix(self.opening) for start in starts]
-        tokens = self.processor.tokenizer(starts, add_special_tokens=False)["input_ids"]
-        return append_tokens(prompts, tokens)
+        return encode_prompts(self.model, inputs)
 
     def texts(self, completions) -> list[list[str]]:
         """Completions (B, G, T) as B lists of G texts, without their end-of-text tokens.
@@ -193,49 +131,68 @@ def load_vlm(
     prompt: str,
     adapter: str = "none",
     dtype: str = "auto",
-    load_in_4bit: bool = False,
 ) -> Policy:
     """Load a VLM, frozen in eval mode, and the trained adapter in the folder `adapter`.
 
-    What cannot be used exits with code 2 and one line that names the flag.
+    The arguments are settings, see plumbing/settings.py. Raises UserError.
     """
-    with exit_on_error(f"--device {device}"):
-        device = choose_device(device)
-    with exit_on_error(f"--dtype {dtype}"):
-        dtype = choose_dtype(dtype, device, name == "tiny")
+    device = choose_device(device)
+    in_4bit = dtype == "4bit"
+    dtype = choose_dtype(dtype, device, tiny=name == "tiny")
+    options = {}
+    if in_4bit:
+        from plumbing.four_bit import four_bit, keep_gradients
+
+        options = four_bit(name == "tiny", dtype, device)
     path = vlm_path(name)
-    # sdpa: `grpo.group_logprobs` relies on its boolean masks.
-    options = dict(dtype=dtype, attn_implementation="sdpa")
-    if load_in_4bit:
-        with exit_on_error("--load_in_4bit"):
-            options |= four_bit(name == "tiny", dtype, device)
-    with exit_on_error(f"--vlm {name}", UNREADABLE):
-        if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-            raise FileNotFoundError("there is no such folder")
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise UserError(f"--vlm {name}: there is no such folder")
+    try:
         processor = AutoProcessor.from_pretrained(path)
         opening = template_end(processor)
-        model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device)
-        config, vision = model.config, model.config.vision_config
+        # sdpa: `grpo.group_logprobs` relies on its boolean masks.
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", **options
+        ).to(device)
+        config = model.config
+        patch = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
+        raise UserError(f"--vlm {name}: it cannot be loaded ({reason_of(error)})") from error
+    if in_4bit:
         keep_gradients(model)
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # such small matrices are slower when threads share them
     if name == "tiny":
         model.name_or_path = "tiny/vlm"  # for adapter_config.json: not a path of this machine
     coordinates = "thousandths" if config.model_type.startswith("qwen3_vl") else "pixels"
-    with exit_on_error(f"--side {side}"):
-        patch = vision.patch_size * vision.spatial_merge_size
-        if coordinates == "pixels" and side % patch:
-            raise ValueError(f"the model would see another size: use a multiple of {patch}")
+    if coordinates == "pixels" and side % patch:
+        raise UserError(
+            f"--side {side}: the model would see another size: use a multiple of {patch}"
+        )
     if adapter != "none":
-        with exit_on_error(f"--adapter {adapter}", Exception):  # a bad file can raise anything
-            if not (Path(adapter) / "adapter_config.json").is_file():
-                raise FileNotFoundError("no adapter_config.json there: name a RUN/adapter")
-            model = PeftModel.from_pretrained(model, adapter)
+        model = load_adapter(model, adapter)
     ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
-    end = torch.tensor([ends] if isinstance(ends, int) else ends, device=device)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    banned = torch.tensor([getattr(config, token) for token in names], device=device)
     model.eval().requires_grad_(False)
-    scaler = torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16)
-    asked = (side, prompt, coordinates)
-    return Policy(model, processor, device, *asked, end, banned, opening, scaler)
+    return Policy(
+        model=model,
+        processor=processor,
+        device=device,
+        side=side,
+        prompt=prompt,
+        coordinates=coordinates,
+        end=torch.tensor([ends] if isinstance(ends, int) else ends, device=device),
+        banned=torch.tensor([getattr(config, token) for token in names], device=device),
+        opening=opening,
+        scaler=torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16),
+    )
+
+
+def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
+    """Put the trained adapter in a folder on a model. Raises UserError."""
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"--adapter {adapter}: no adapter_config.json there: name a RUN/adapter")
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"--adapter {adapter}: it does not fit ({reason_of(error)})") from error

@@ -1,0 +1,60 @@
+"""sources.py - open the data set that `--data` names."""
+
+from pathlib import Path
+
+from data import ReasonSeg, RefCOCO, Shapes
+from plumbing.errors import UserError
+
+SPLITS = {
+    "refcocog": ("train", "val", "test"),
+    "refcoco": ("train", "val", "testA", "testB"),
+    "refcoco+": ("train", "val", "testA", "testB"),
+    "reasonseg": ("train", "val", "test"),
+}
+
+
+def load_data(spec: str, split: str, samples: int = 3000):
+    """Open the data set that `--data` names.
+
+    spec:    "shapes", or NAME:ROOT or NAME:ROOT/SPLIT, where NAME is a key of `SPLITS`, or
+             hub:NAME[@ROOT], see plumbing/hub.py.
+    split:   "train" opens SPLIT, or train if SPLIT is absent. "heldout" (for evaluation) opens
+             SPLIT, or val if SPLIT is train or absent.
+    samples: number of RefCOCO expressions to train on (paper: 3,000). Evaluation uses all.
+
+    Returns a data set with len() and [index], which returns a `data.Sample` or raises
+    `data.BadSample`. Raises UserError with one line that starts with "--data SPEC: ".
+    """
+    try:
+        if spec == "shapes":
+            return Shapes(split)
+        if spec.startswith("hub:"):
+            from plumbing.hub import open_hub  # few runs need it, and its imports take time
+
+            return open_hub(spec.removeprefix("hub:"), split, samples)
+        return open_folder(spec, split, samples)
+    except UserError as error:
+        raise UserError(f"--data {spec}: {error}") from error
+
+
+def open_folder(spec: str, split: str, samples: int) -> RefCOCO | ReasonSeg:
+    """Open NAME:ROOT or NAME:ROOT/SPLIT, see `load_data`."""
+    name, _, path = spec.partition(":")
+    if name not in SPLITS or not path:
+        names = ", ".join(f"{one}:ROOT" for one in SPLITS)
+        raise UserError(f"there is no such data set: use shapes, {names}, or hub:NAME")
+    root = Path(path).expanduser()
+    part = "train"
+    # ROOT/val means split val of ROOT, unless ROOT/val is itself a root folder.
+    inside = SPLITS[name] if name == "reasonseg" else [name]
+    names = {one for splits in SPLITS.values() for one in splits}
+    if root.name in names and not any((root / folder).is_dir() for folder in inside):
+        part = root.name
+        root = root.parent
+    if part not in SPLITS[name]:
+        raise UserError(f"{name} has no split {part}: use {', '.join(SPLITS[name])}")
+    if split == "heldout" and part == "train":
+        part = "val"
+    if name == "reasonseg":
+        return ReasonSeg(root, part)
+    return RefCOCO(name, root, part, samples if split == "train" else None)
