@@ -70,12 +70,12 @@ def test_bad_arguments_of_merge_are_named(adapter, tmp_path):
             merge.main(["--adapter", str(adapter), "--out", str(tmp_path / out), *more])
         return str(error.value)
 
-    assert "adapter_config.json" in refused(tmp_path, "out")
+    assert "adapter_config.json" in refused(adapter.parent, "out", "--vlm", "tiny")
     assert "name a new folder" in refused(adapter, "run")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
-    assert "cannot be loaded" in refused(adapter, "out")
+    assert "does not fit" in refused(adapter, "out")
     (adapter.parent / "config.json").unlink()
-    assert "with --vlm" in refused(adapter, "out")
+    assert "name the --vlm" in refused(adapter, "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -88,9 +88,9 @@ def test_bad_arguments_of_merge_are_named(adapter, tmp_path):
 PEAKS = {
     "qwen2b": dict(rollout=8.56, reward=5.53, update=6.18),
     "qwen3b": dict(rollout=11.88, reward=10.96, update=10.20),
-    "qwen3b --load_in_4bit": dict(rollout=7.93, reward=7.00, update=6.22),
+    "qwen3b --dtype 4bit": dict(rollout=7.93, reward=7.00, update=6.22),
     "qwen7b": dict(rollout=19.68, reward=19.60, update=20.10),
-    "qwen7b --load_in_4bit": dict(rollout=10.65, reward=10.58, update=11.04),
+    "qwen7b --dtype 4bit": dict(rollout=10.65, reward=10.58, update=11.04),
 }
 
 
@@ -126,7 +126,7 @@ def test_weights_of_the_policy_are_the_published_ones(vlm, published):
 
 def test_the_expected_adapter_is_the_adapter_of_a_run():
     size, _ = expected("--lora_rank 5")["update"]["adapter"]
-    model = samr1_mini.add_lora(load_vlm("tiny", "cpu", 64, "brief").model, 5, 0)
+    model = samr1_mini.add_lora(load_vlm("tiny", device="cpu", side=64, prompt="brief").model, 5, 0)
     assert size == 16 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
@@ -142,7 +142,7 @@ def test_sizes_of_the_segmenter_are_those_of_the_model(sam, prompts, tmp_path):
     assert parts["SAM decoder"][1].startswith(f"{prompts} prompts x ")
 
 
-@pytest.mark.parametrize("flags", ["--vlm /no/folder", "--sam vit_x:FILE"])
+@pytest.mark.parametrize("flags", ["--vlm /no/folder", "--sam vit_x:FILE", "--sam sam2:/none"])
 def test_memory_names_the_flag_that_cannot_be_used(flags):
     with pytest.raises(UserError, match=flags):
         memory.main(flags.split())

@@ -27,9 +27,10 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from data import BadSample
+from data import read_expressions
 from plumbing.errors import UserError, exit_with_one_line, reason_of
-from plumbing.photos import PHOTOGRAPHS, REFS, SPLITS, read_image, read_refer
+from plumbing.photos import PHOTOGRAPHS, REFS, read_image
+from plumbing.sources import SPLITS
 
 # This server is offline more often than not, so the Internet Archive is the first mirror.
 UNC = "https://bvisionweb1.cs.unc.edu/licheng/referit/data"
@@ -68,10 +69,10 @@ def download(
 
     The hub's client connects again if the connection breaks, and notices missing bytes.
 
-    check: function of a path that raises an exception if this is the wrong file.
+    check: function of a path that raises UserError if this is the wrong file.
     size:  bytes of the whole file. With it, the next call resumes at the end of FILE.part.
 
-    Raises UserError, and what `check` raises.
+    Raises UserError.
     """
     part = file.with_name(file.name + ".part")
     start = part.stat().st_size if size and part.is_file() else 0
@@ -82,7 +83,7 @@ def download(
         raise UserError(f"{url}: {reason_of(error)}: {AGAIN}") from error
     try:
         check(part)
-    except Exception:
+    except UserError:
         part.unlink()
         raise
     os.replace(part, file)
@@ -130,7 +131,7 @@ def list_images(name: str, root: Path, sizes: dict[str, int | None]) -> dict:
     """
     images = {}
     for split, size in sizes.items():
-        expressions = read_refer(name, root, split, size, 0)
+        expressions = read_expressions(name, root, split, size)
         found = dict(one.image for one in expressions if one.image)
         print(f"{name} {split}: {len(expressions):,} expressions on {len(found):,} images")
         images |= found
@@ -138,33 +139,31 @@ def list_images(name: str, root: Path, sizes: dict[str, int | None]) -> dict:
 
 
 def fetch_images(images: dict[str, tuple[int, int]], folder: Path, jobs: int) -> None:
-    """Download images that are missing or broken, with `jobs` connections.
+    """Download the images that `folder` does not have, with `jobs` connections.
 
-    Raises UserError if some are still missing.
+    Raises UserError if some are still missing afterwards.
     """
 
     def fetch_image(file_name: str) -> str:
-        """The reason why an image is still missing, or ""."""
-        file = folder / file_name
+        """The reason why an image could not be downloaded, or ""."""
 
-        def check(path: Path) -> None:
-            read_image(path, AGAIN, images[file_name])
+        def check(part: Path) -> None:
+            read_image(part, hint="the same command again", size=images[file_name])
 
         try:
-            check(file)
-        except BadSample:
-            try:
-                download(f"{COCO_URL}/{file_name}", file, check)
-            except (BadSample, UserError) as error:
-                return str(error)
+            download(f"{COCO_URL}/{file_name}", folder / file_name, check)
+        except UserError as error:
+            return str(error)
         return ""
 
     folder.mkdir(parents=True, exist_ok=True)
-    disable_progress_bars("huggingface_hub.http_get")  # one bar for all images, below
+    missing = [file_name for file_name in images if not (folder / file_name).is_file()]
+    print(f"downloading {len(missing):,} images, about {len(missing) * COCO_MB:,.0f} MB")
+    disable_progress_bars("huggingface_hub.http_get")  # one bar for all images
     failures = []
     pool = ThreadPoolExecutor(jobs)
     try:
-        for reason in tqdm(pool.map(fetch_image, images), desc="images", total=len(images)):
+        for reason in tqdm(pool.map(fetch_image, missing), desc="images", total=len(missing)):
             if reason:
                 failures.append(reason)
             if len(failures) == GIVE_UP:
@@ -177,18 +176,16 @@ def fetch_images(images: dict[str, tuple[int, int]], folder: Path, jobs: int) ->
 
 def fetch_refer(args: argparse.Namespace) -> None:
     """Download annotations, then images: those of --split, or of training and its evaluation."""
-    name, root, split = args.what, args.out, args.split
+    name = args.what
+    root = args.out
     fetch_annotations(name, root)
     # Evaluation reads the first expressions of val. A small subsample is the beginning of val.
     sizes = {"train": args.samples, "val": args.heldout}
     flags = f"--data '{name}:{root}' --train_samples {args.samples} --eval_samples {args.heldout}"
-    if split:
-        sizes = {split: args.samples if split == "train" else None}
-        flags = f"--data '{name}:{root}/{split}'"
-    images = list_images(name, root, sizes)
-    missing = sum(not (root / PHOTOGRAPHS / file_name).is_file() for file_name in images)
-    print(f"downloading {missing:,} images from {COCO_URL}: about {missing * COCO_MB:,.0f} MB")
-    fetch_images(images, root / PHOTOGRAPHS, args.jobs)
+    if args.split:
+        sizes = {args.split: args.samples if args.split == "train" else None}
+        flags = f"--data '{name}:{root}/{args.split}'"
+    fetch_images(list_images(name, root, sizes), root / PHOTOGRAPHS, args.jobs)
     print(f"complete. Use it with {flags}")
 
 

@@ -24,8 +24,9 @@ from grpo import LOGITS_AT_ONCE
 from plumbing.errors import UserError, exit_with_one_line, reason_of
 from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
 from plumbing.sam2 import sam2_config
-from plumbing.settings import parse_settings
+from plumbing.settings import parse_settings, rollout_prompts
 from plumbing.vlm import vlm_path
+from reward import DECODER_BYTES
 from samr1_mini import LORA_TARGETS
 
 Parts = dict[str, tuple[int, str]]  # name of a part: its bytes, and how they are computed
@@ -94,9 +95,9 @@ def policy_parts(s, config: PretrainedConfig, width: int) -> Parts:
     """Memory of the policy's weights, `width` bytes each, and of the adapter's training."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    # The layers with an adapter are those that `plumbing.devices.four_bit` quantises.
+    # The layers with an adapter are those that `plumbing.four_bit` quantises.
     linears = [m for name, m in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
-    matrices = [m.weight.numel() for m in linears] if s.load_in_4bit else []
+    matrices = [m.weight.numel() for m in linears] if s.dtype == "4bit" else []
     weights = sum(p.numel() for p in model.parameters()) - sum(matrices)
     adapter = s.lora_rank * sum(m.in_features + m.out_features for m in linears)
     parts = {
@@ -120,7 +121,7 @@ def policy_parts(s, config: PretrainedConfig, width: int) -> Parts:
 
 def rollout_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
     """Memory of sampling: prompts of P tokens, `width` bytes a number."""
-    prompts = min(s.rollout_prompts, s.prompts_per_step)
+    prompts = min(rollout_prompts(s), s.prompts_per_step)
     rows = prompts * s.group_size
     length = -(-(P + s.max_new_tokens) // 16) * 16  # the cache's length is a multiple of 16
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -157,8 +158,8 @@ def sam_parts(s) -> Parts:
     # SAM 2 has a level of embeddings with an eighth of the channels and 16 times the places.
     level = 4 * width * grid**2 * (2 if config else 1)  # bytes of the largest level, float32
     maps = 15 if config else 10  # in units of an image embedding, measured on a CPU: 15, 8 to 10
-    # `reward.SamScorer` decodes 64 MiB of embeddings in a call.
-    prompts = min(max(1, 2**26 // level), s.prompts_per_step * s.group_size)
+    # The decoder takes as many prompts in a call as fit their embeddings into so many bytes.
+    prompts = min(max(1, DECODER_BYTES["cuda"] // level), s.prompts_per_step * s.group_size)
     why = f"{prompts} prompts x {maps} maps of {width} x {grid} x {grid} x 4 bytes"
     return {
         "SAM weights": (weights * 4, f"{weights / 1e6:.0f}e6 weights x 4 bytes"),

@@ -13,12 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from plumbing.errors import UserError, exit_with_one_line, reason_of
-from plumbing.vlm import vlm_path
+from plumbing.vlm import load_adapter, vlm_path
 
 
 def merge(vlm: str, adapter: Path, out: Path) -> None:
@@ -31,14 +30,13 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
     try:
         processor = AutoProcessor.from_pretrained(vlm_path(vlm))
         model = AutoModelForImageTextToText.from_pretrained(vlm_path(vlm), dtype="auto")
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"cannot be loaded together ({reason_of(error)})"
-        raise UserError(f"--vlm {vlm} and --adapter {adapter} {reason}") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"--vlm {vlm}: it cannot be loaded ({reason_of(error)})") from error
+    merged = load_adapter(model, str(adapter)).merge_and_unload()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-", dir=out.parent) as folder:
-            model.save_pretrained(Path(folder) / "model")
+            merged.save_pretrained(Path(folder) / "model")
             processor.save_pretrained(Path(folder) / "model")
             os.replace(Path(folder) / "model", out)
     except (OSError, SafetensorError) as error:
@@ -53,11 +51,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--vlm", help="base model (default: that of the run): tiny, name or folder")
     args = parser.parse_args(argv)
-    if not (args.adapter / "adapter_config.json").is_file():
-        raise UserError(f"--adapter {args.adapter} has no adapter_config.json: name a RUN/adapter")
     config = args.adapter.resolve().parent / "config.json"
     if not args.vlm and not config.is_file():
-        raise UserError(f"{config} does not exist: name the base model with --vlm")
+        raise UserError(f"--adapter {args.adapter}: no run is beside it: name the --vlm")
     merge(args.vlm or json.loads(config.read_text())["vlm"], args.adapter, args.out)
     print(f"written to {args.out}: load it with AutoModelForImageTextToText and AutoProcessor")
 
