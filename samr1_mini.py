@@ -32,22 +32,13 @@ from tqdm import tqdm
 
 from data import BadSample, Sample
 from grpo import Completions, group_advantages, group_logprobs, grpo_loss, rollout
-from plumbing import pictures, protocols, runs
+from plumbing import photos, pictures, protocols, rewards, runs, scenes
 from plumbing.decoding import StaticDecoder
 from plumbing.devices import clipped_step
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.photos import check_query, read_picture
 from plumbing.prompts import points_asked
-from plumbing.rewards import box_ious, true_box
 from plumbing.sam import load_sam
-from plumbing.scenes import interior_points, points_inside
-from plumbing.settings import (
-    EvalSettings,
-    SegmentSettings,
-    Settings,
-    parse_settings,
-    rollout_prompts,
-)
+from plumbing.settings import Settings, parse_settings, rollout_prompts
 from plumbing.sources import load_data
 from plumbing.vlm import Policy, Prompts, load_vlm
 from reward import SamPrompt, SamScorer, parse_answer, sam_prompt, score_completions
@@ -337,11 +328,12 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
     prompts = []
     for one, answer in zip(batch, answers, strict=True):
         ours = sam_prompt(answer, policy.extent, *one.image.size)
-        ceiling = SamPrompt(true_box(one.mask), interior_points(one.mask))
+        ceiling = SamPrompt(rewards.true_box(one.mask), scenes.interior_points(one.mask))
         box_only = SamPrompt(ours.box, ())
         prompts.append([ours, ceiling, box_only])  # in the order of protocols.PREFIXES
     overlap = scorer.score(batch, prompts, keep_masks=True)
-    ious = box_ious(batch, prompts)
+    ious = rewards.box_ious(batch, prompts)
+    asked = points_asked(policy.prompt)
     rows = []
     for b, (one, answer) in enumerate(zip(batch, answers, strict=True)):
         ours = prompts[b][0]
@@ -353,7 +345,7 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
             "points": ours.points,
             "box_iou": ious[b, 0].item(),
             "format": answer.think_format and answer.answer_format,
-            "points_inside": points_inside(ours.points, one.mask, points_asked(policy.prompt)),
+            "points_inside": scenes.points_inside(ours.points, one.mask, asked),
         }
         rows.append(row | protocols.count(overlap, b, one, readable=answer.answer_format, s=s))
     return rows
@@ -419,7 +411,7 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------
 
 
-def evaluate_adapter(s: EvalSettings) -> None:
+def evaluate_adapter(s) -> None:
     """Compute the metrics of an adapter, or of the base model, on a data set."""
     heldout = load_data(s.data, "heldout")
     policy = load_policy(s, s.adapter)
@@ -439,10 +431,10 @@ def evaluate_adapter(s: EvalSettings) -> None:
     protocols.print_protocols(results[trained], rows, s)
 
 
-def segment(s: SegmentSettings) -> None:
+def segment(s) -> None:
     """Segment what a query refers to in one picture. Prints JSON and draws the answer."""
-    query = check_query(s.query)
-    image = read_picture(s.image)
+    query = photos.check_query(s.query)
+    image = photos.read_picture(s.image)
     out = Path(s.out)
     if out.is_dir() or out.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"--out {out}: name a picture, such as found.png (or .jpg, .pdf, .svg)")

@@ -2,13 +2,15 @@
 
     python -m assignment.grade FOLDER [--hidden TESTS] [--limit SECONDS] [--exercises 1 4 7]
 
-The grader makes a temporary copy of this repository for each exercise. The copy takes the
-student's lines between the markers of that exercise, and nothing else from FOLDER. So one mistake
-does not fail the other exercises, and changes outside the markers or in the tests have no effect.
+Each exercise has its own temporary copy of this repository. It gets the student's bodies of the
+functions of that exercise (`handout.EXERCISES`) and the functions that the student has added to the
+script. So one mistake does not fail the other exercises, and changes of other functions or of
+tests have no effect.
 
 The tests of an exercise are those marked exercise_N here and in TESTS (files named test_*.py that
 use the same marks and fixtures). A student gets the share of the points that equals the share of
-passed tests, rounded down. A skipped test does not count as passed.
+passed tests, rounded down. A skipped test does not count as passed. If not all tests have run,
+because of the time limit or because the process ended, none counts.
 
 The output is a table, followed by the same results as one line of JSON. Grade this repository
 itself first: this shows whether the hidden tests are correct.
@@ -18,6 +20,8 @@ and simple tricks, not against code written to attack the grader. For that, use 
 """
 
 import argparse
+import ast
+import builtins
 import contextlib
 import json
 import os
@@ -28,247 +32,173 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
+from symtable import symtable
 
-from assignment.handout import ROOT, SCRIPTS, handout_files, solutions
+from assignment.handout import EXERCISES, ROOT, SCRIPTS, find_functions, handout_files
+from plumbing.errors import UserError, exit_with_one_line
 
-POINTS = {1: 10, 2: 10, 3: 10, 4: 5, 5: 5, 6: 5, 7: 15, 8: 15, 9: 10, 10: 15}  # change as you like
 TESTS = ["tests/test_reward.py", "tests/test_grpo.py"]  # the files with marked tests
-# The environment variables that a test process inherits.
-INHERITED = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "TEMP", "SYSTEMROOT")
-INHERITED += ("USERPROFILE",)
 
-# Records the number of tests and whether all have run. A solution that ends the process early
-# leaves a partial report, which must not pass as a complete one.
+# A solution may end the session early. Then pytest's report is partial, and there is no `finished`.
 PLUGIN = """
 from pathlib import Path
 import pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
-    Path("collected").write_text(str(len(session.items)))
     result = yield
     Path("finished").touch()
     return result
 """
 
 
-def exercises() -> dict[int, tuple[str, str]]:
-    """Script and title of each exercise, by number."""
-    found = {}
-    for script in SCRIPTS:
-        for one in solutions((ROOT / script).read_text("utf-8").split("\n")):
-            found.setdefault(one.exercise, (script, one.title))
-    return found
+def parse_parts(text: str) -> list[ast.stmt]:
+    """The statements of a module. Leaves out the parts, between empty lines, with syntax errors.
 
-
-def insert_solution(reference: str, student: str, exercise: int) -> str:
-    """The reference script with the student's lines between the markers of one exercise.
-
-    Raises ValueError if the student's script does not have the same number of marker pairs.
-
-    >>> script = "# exercise 1: a\\n{}\\n# end of exercise 1\\n# exercise 2: b\\n{}"
-    >>> script += "\\n# end of exercise 2"
-    >>> reference, student = script.format("right", "right"), script.format("mine", "mine")
-    >>> print(insert_solution(reference, student, 2))
-    # exercise 1: a
-    right
-    # end of exercise 1
-    # exercise 2: b
-    mine
-    # end of exercise 2
+    >>> [node.name for node in parse_parts("def f(): (\\n\\n\\ndef g():\\n    pass")]
+    ['g']
     """
-    lines, new = reference.split("\n"), student.split("\n")
-    places, found = ([s for s in solutions(x) if s.exercise == exercise] for x in (lines, new))
-    if len(places) != len(found):
-        raise ValueError(f"{len(found)} of {len(places)} pairs of markers found: restore the rest")
-    for place, other in reversed(list(zip(places, found, strict=True))):
-        lines[place.first : place.last] = new[other.first : other.last]
-    return "\n".join(lines)
+    with contextlib.suppress(SyntaxError):
+        return ast.parse(text).body
+    nodes = []
+    for part in re.split(r"\n\s*\n(?=\S)", text):
+        with contextlib.suppress(SyntaxError):
+            nodes += ast.parse(part).body
+    return nodes
 
 
-def lines_outside(text: str) -> list[str]:
-    """The lines of a script that belong to no exercise."""
-    lines = text.split("\n")
-    for one in reversed(solutions(lines)):
-        del lines[one.first : one.last]
-    return [line.rstrip() for line in lines]
+def insert_solution(reference: str, student: str, names: list[str]) -> str:
+    """The reference script with the student's bodies of some functions.
 
-
-def make_tree(tree: Path, script: str, text: str, hidden: list[Path]) -> list[str]:
-    """Copy this repository and the hidden tests into `tree`, with `text` as one script.
-
-    Returns the test files, relative to `tree`.
+    Functions of the student's script are added if their names are new: not those of anything else
+    in the reference script, and not builtins. Raises SyntaxError or ValueError if the student's
+    script lacks one of the functions.
     """
-    for file in handout_files():
-        (tree / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, tree / file)
-    for file in hidden:
-        shutil.copy(file, tree / "tests")
-    (tree / script).write_text(text, "utf-8")
-    return [*TESTS, *(f"tests/{file.name}" for file in hidden)]
+    tree = ast.parse(reference)
+    ours = find_functions(tree.body)
+    theirs = find_functions(parse_parts(student))
+    for name in names:
+        if name not in theirs:
+            ast.parse(student)  # raises SyntaxError if that is why
+            raise ValueError(f"{name} is missing")
+        ours[name].body[1:] = theirs[name].body  # after our docstring
+    taken = {*symtable(reference, "reference", "exec").get_identifiers(), *dir(builtins)}
+    tree.body += [node for name, node in theirs.items() if "." not in name and name not in taken]
+    return ast.unparse(tree)
 
 
-def environment() -> dict[str, str]:
-    """The environment of a test process. Disables installed pytest plugins."""
-    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+def run_tests(tree: Path, number: int, files: list[str], limit: float) -> tuple[int, int, str]:
+    """Run the tests of an exercise in `tree`, for at most `limit` seconds.
 
-
-def run_pytest(tree: Path, marks: str, files: list[str], limit: float) -> tuple[int, bool]:
-    """Run pytest in `tree` for at most `limit` seconds. Returns its exit code, and if it timed out.
-
-    Writes `collected` (number of tests), `finished` (if all have run) and `report.xml` to `tree`.
+    Returns the number of passed tests, the number of tests (0 if not all have run), and a remark.
     """
     (tree / "pytest.ini").write_text("[pytest]\n")  # else pytest searches the parent folders
-    (tree / "count_tests.py").write_text(PLUGIN)
-    options = "-q -s --tb=line -p no:cacheprovider -p count_tests --junitxml report.xml -m".split()
-    command = [sys.executable, "-m", "pytest", *options, marks, *files]
-    # A solution may print without end, so the output is not captured.
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    (tree / "finished_plugin.py").write_text(PLUGIN)
+    options = "-q -s --tb=line -p no:cacheprovider -p finished_plugin --junitxml report.xml".split()
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith("PY")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     process = subprocess.Popen(
-        command, cwd=tree, env=environment(), start_new_session=True, **streams
+        [sys.executable, "-m", "pytest", *options, "-m", f"exercise_{number}", *files],
+        cwd=tree,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # a solution may print without end
+        stderr=subprocess.DEVNULL,
     )
-    timed_out = False
+    remark = "ended before all tests had run"
     try:
         process.wait(limit)
     except subprocess.TimeoutExpired:
-        timed_out = True
+        remark = f"stopped after {limit:g} seconds"
     finally:
         if os.name == "posix":
             with contextlib.suppress(ProcessLookupError):  # also ends the processes it started
                 os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.wait()
-    return process.returncode, timed_out
+    report = tree / "report.xml"
+    if not (report.is_file() and (tree / "finished").is_file()):
+        return 0, 0, remark
+
+    cases = list(ET.parse(report).iter("testcase"))
+    problems = {"failure", "error", "skipped"}
+    failed = [case for case in cases if problems & {part.tag for part in case}]
+    if not failed:
+        return len(cases), len(cases), ""
+    name = re.sub(r"\[.{30,}", "", failed[0].get("name"))  # without long parameters
+    message = " ".join(failed[0][0].get("message", "").split())
+    return len(cases) - len(failed), len(cases), f"{name}: {message}"[:120]
 
 
-def run_tests(
-    tree: Path, marks: str, files: list[str], limit: float
-) -> tuple[int, int | None, str]:
-    """Run the tests with these marks in `tree`.
+def grade_exercise(folder: Path, number: int, hidden: list[Path], limit: float) -> dict:
+    """Grade one exercise of a student's folder. hidden: files with more tests.
 
-    Returns the number of passed tests, the number of tests (None if unknown), and a remark.
+    Returns exercise, title, passed, tests (0 if not all have run), points, of (the full points),
+    and remark.
     """
-    code, timed_out = run_pytest(tree, marks, files, limit)
-    collected, report = tree / "collected", tree / "report.xml"
-    total = int(collected.read_text()) if collected.is_file() else None
-    if timed_out:
-        return 0, total, f"stopped after {limit:g} seconds"
-    if not report.is_file():
-        return 0, total, f"ended without a report, exit code {code}"
-    passed, remark = 0, ""
-    for case in ET.parse(report).iter("testcase"):
-        problems = [part for part in case if part.tag in ("failure", "error", "skipped")]
-        if not problems:
-            passed += 1
-        elif not remark:
-            name = re.sub(r"\[.{30,}", "", case.get("name"))  # without long parameters
-            message = problems[0].get("message") or problems[0].tag
-            remark = f"{name}: {' '.join(message.split())}"[:120]
-    if not (tree / "finished").is_file():
-        return 0, total, remark or "ended before all tests had run"
-    return passed, total, remark
+    exercise = EXERCISES[number]
+    passed, tests = 0, 0
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        tree = Path(temporary)
+        for file in handout_files():
+            (tree / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, tree / file)
+        for file in hidden:
+            shutil.copy(file, tree / "tests")
+        files = [*TESTS, *(f"tests/{file.name}" for file in hidden)]
+        try:
+            reference = (ROOT / exercise.script).read_text("utf-8")
+            student = (folder / exercise.script).read_text("utf-8")
+            solved = insert_solution(reference, student, exercise.functions)
+            (tree / exercise.script).write_text(solved, "utf-8")
+            passed, tests, remark = run_tests(tree, number, files, limit)
+        except SyntaxError as error:
+            remark = f"syntax error: {error.msg}: {(error.text or '').strip()[:60]}"
+        except (OSError, ValueError) as error:  # ValueError: also invalid UTF-8
+            remark = " ".join(str(error).split())
+    points = exercise.points * passed // max(tests, 1)
+    row = {"exercise": number, "title": exercise.title, "passed": passed, "tests": tests}
+    return row | {"points": points, "of": exercise.points, "remark": remark}
 
 
-def grade_exercise(
-    folder: Path, exercise: int, script: str, hidden: list[Path], limit: float
-) -> tuple[int, int | None, str]:
-    """Number of passed tests, number of tests (None if unknown), and a remark."""
-    reference = (ROOT / script).read_text("utf-8")
-    try:
-        student = (folder / script).read_text("utf-8")
-        text = insert_solution(reference, student, exercise)
-        # With the real file name, Python would quote the line of our file in a SyntaxError.
-        compile(text, f"<student's {script}>", "exec", dont_inherit=True)
-    except SyntaxError as error:
-        return 0, None, f"syntax error: {error.msg}: {(error.text or '').strip()[:60]}"
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        # Missing file, invalid UTF-8, missing markers, or expressions nested too deeply.
-        return 0, None, " ".join(str(error).split()) or type(error).__name__
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        files = make_tree(Path(name), script, text, hidden)
-        passed, total, remark = run_tests(Path(name), f"exercise_{exercise}", files, limit)
-    if not remark and lines_outside(student) != lines_outside(reference):
-        remark = "edits outside the markers were ignored"
-    return passed, total, remark
-
-
-def grade(
-    folder: Path, numbers: list[int], hidden: list[Path] = (), limit: float = 120.0
-) -> Iterator[dict]:
-    """Grade the exercises one by one.
-
-    Yields dicts with exercise, title, passed, tests (None if unknown), points, of (the full
-    points) and remark.
-    """
-    for number in numbers:
-        script, title = exercises()[number]
-        passed, total, remark = grade_exercise(folder, number, script, hidden, limit)
-        full = POINTS[number]
-        points = full * passed // total if total else 0
-        row = {"exercise": number, "title": title, "passed": passed, "tests": total}
-        yield row | {"points": points, "of": full, "remark": remark}
-
-
-def parse_arguments() -> tuple[argparse.Namespace, list[Path]]:
-    """The command line and the files with hidden tests. Exits with one line if they are invalid."""
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m assignment.grade",
         description="Grade a student's copy of this repository.",
     )
-    parser.add_argument(
-        "folder", type=Path, help=f"student's folder; only {', '.join(SCRIPTS)} are read"
-    )
-    parser.add_argument(
-        "--hidden", type=Path, help="folder of tests that students do not have: test_*.py"
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=120.0,
-        help="seconds for the tests of one exercise, about 10 of which are for start-up",
-    )
-    parser.add_argument(
-        "--exercises",
-        type=int,
-        nargs="+",
-        choices=sorted(POINTS),
-        default=sorted(POINTS),
-        metavar="N",
-        help="numbers of the exercises to grade (default: all)",
-    )
-    s = parser.parse_args()
-    hidden = sorted(s.hidden.glob("test_*.py")) if s.hidden else []
+    add = parser.add_argument
+    add("folder", type=Path, help=f"student's folder; only {', '.join(SCRIPTS)} are read")
+    add("--hidden", type=Path, help="folder of tests that students do not have: test_*.py")
+    add("--limit", type=float, default=120.0, help="seconds for one exercise, about 10 to start up")
+    numbers = sorted(EXERCISES)
+    add("--exercises", type=int, nargs="+", choices=numbers, default=numbers, metavar="N")
+    s = parser.parse_args(argv)
     if not any((s.folder / script).is_file() for script in SCRIPTS):
-        parser.exit(2, f"grade.py: {s.folder} has no {' and no '.join(SCRIPTS)}\n")
+        raise UserError(f"{s.folder} has no {' and no '.join(SCRIPTS)}")
+    hidden = sorted(s.hidden.glob("test_*.py")) if s.hidden else []
     if s.hidden and not hidden:
-        parser.exit(2, f"grade.py: --hidden: {s.hidden} has no test_*.py\n")
-    if taken := [file.name for file in hidden if (ROOT / "tests" / file.name).exists()]:
-        parser.exit(2, f"grade.py: --hidden: {taken[0]} is a visible test file: rename yours\n")
-    if not s.limit > 0:
-        parser.exit(2, "grade.py: --limit must be above 0\n")
-    return s, hidden
+        raise UserError(f"--hidden: {s.hidden} has no test_*.py")
+    for file in hidden:
+        if (ROOT / "tests" / file.name).exists():
+            raise UserError(f"--hidden: {file.name} is a visible test file: rename yours")
 
-
-def main() -> None:
-    s, hidden = parse_arguments()
-    # SIGTERM raises SystemExit, so `run_pytest` also ends its test process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    width = max(len(title) for _, title in exercises().values())
-    print(f"{'exercise':>8}  {'title':{width}}  {'tests':>9}  {'points':>8}  remark")
     rows = []
-    for row in grade(s.folder, sorted(set(s.exercises)), hidden, s.limit):
+    print(f"{'exercise':>8}  {'title':36}  {'tests':>9}  {'points':>8}  remark")
+    for number in sorted(set(s.exercises)):
+        row = grade_exercise(s.folder, number, hidden, s.limit)
         rows.append(row)
         tests = f"{row['passed']} of {row['tests']}" if row["tests"] else "-"
-        points = f"{row['points']:2} of {row['of']:2}"
-        line = f"{row['exercise']:8}  {row['title']:{width}}  {tests:>9}  {points}  {row['remark']}"
+        points = f"{row['points']} of {row['of']}"
+        line = f"{number:8}  {row['title']:36}  {tests:>9}  {points:>8}  {row['remark']}"
         print(line.rstrip(), flush=True)
-    points, full = (sum(row[key] for row in rows) for key in ("points", "of"))
-    print(f"{'total':>8}  {'':{width}}  {'':9}  {points:2} of {full:2}")
+    points = sum(row["points"] for row in rows)
+    full = sum(row["of"] for row in rows)
+    print(f"{points} of {full} points")
     print(json.dumps({"folder": str(s.folder), "points": points, "of": full, "exercises": rows}))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])

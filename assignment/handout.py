@@ -2,110 +2,110 @@
 
     python -m assignment.handout OUT
 
-In reward.py, plumbing/sam.py and grpo.py, the solution of each exercise lies between two comments,
-`# exercise 5: advantages within a group` and `# end of exercise 5`. The copy has a
-NotImplementedError there. Signatures, docstrings, all other code and the tests stay.
-`python -m pytest -rs -m exercise_5 tests` runs the tests of one exercise.
+The copy has a NotImplementedError in place of the body of each function in EXERCISES. Signatures,
+docstrings, all other code and the tests stay. `python -m pytest -rs -m exercise_5 tests` runs the
+tests of one exercise.
 """
 
 import argparse
+import ast
 import re
 import shutil
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from plumbing.errors import UserError, exit_with_one_line
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("reward.py", "plumbing/sam.py", "grpo.py")  # the files with exercises
 FOLDERS = (".ci", "assets", "benchmarks", "examples", "plumbing", "tests", "tiny", "tools")
 LECTURER_FILES = {"tests/test_assignment.py", "tests/test_tutorial.py"}
-START = re.compile(r"( *)# exercise (\d+): (.+)")
-END = re.compile(r" *# end of exercise (\d+)\b")
 
 
-class Solution(NamedTuple):
-    """The lines between two markers. An exercise may have several solutions."""
-
-    exercise: int
+class Exercise(NamedTuple):
     title: str
-    indent: str
-    first: int  # the solution is lines[first:last], without the markers
-    last: int
+    points: int
+    script: str  # the file with the functions
+    functions: list[str]  # "parse_answer" or "Overlap.iou"; each has a docstring
 
 
-def solutions(lines: list[str]) -> list[Solution]:
-    """The solutions in a script, from top to bottom. Ignores a start marker without an end marker.
+# In the order in which students do them. The tests of exercise 1 have the mark exercise_1.
+EXERCISES = {
+    1: Exercise("an answer and its two formats", 10, "reward.py", ["parse_answer"]),
+    2: Exercise("pixels and IoU", 10, "reward.py", ["intersection_and_union", "Overlap.iou"]),
+    3: Exercise("prompts on many images in one call", 10, "reward.py", ["decode_masks"]),
+    4: Exercise("the tiers", 5, "reward.py", ["tiered_reward"]),
+    5: Exercise("advantages within a group", 5, "grpo.py", ["group_advantages"]),
+    6: Exercise("the KL estimate", 5, "grpo.py", ["k3_kl"]),
+    7: Exercise("the clipped token-level loss", 15, "grpo.py", ["grpo_loss"]),
+    8: Exercise("the sampling loop", 15, "grpo.py", ["rollout"]),
+    9: Exercise("a packed row and its attention mask", 10, "grpo.py", ["pack", "may_attend"]),
+    10: Exercise("log-probs with a shared prompt", 15, "grpo.py", ["group_logprobs"]),
+}
+SCRIPTS = sorted({exercise.script for exercise in EXERCISES.values()})
 
-    >>> source = "def double(x):\\n    # exercise 1: doubling\\n    return 2 * x"
-    >>> solutions((source + "\\n    # end of exercise 1").split("\\n"))
-    [Solution(exercise=1, title='doubling', indent='    ', first=2, last=3)]
+
+def find_functions(nodes: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
+    """The functions and methods of a module, by qualified name. nodes: its statements.
+
+    >>> list(find_functions(ast.parse("def f(): pass\\nclass A:\\n    def g(self): pass").body))
+    ['f', 'A.g']
     """
-    found, current = [], None
-    for number, line in enumerate(lines):
-        if match := START.match(line):
-            title = match[3].strip()
-            current = Solution(int(match[2]), title, match[1], number + 1, number + 1)
-        elif (match := END.match(line)) and current and current.exercise == int(match[1]):
-            found.append(current._replace(last=number))
-            current = None
+    found = {}
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            methods = find_functions(node.body)
+            found |= {f"{node.name}.{name}": method for name, method in methods.items()}
     return found
 
 
-def remove_solutions(text: str) -> str:
-    """Replace each solution in a script by a NotImplementedError.
-
-    >>> source = "def double(x):\\n    # exercise 1: doubling\\n    return 2 * x"
-    >>> print(remove_solutions(source + "\\n    # end of exercise 1"))
-    def double(x):
-        # exercise 1: doubling
-        raise NotImplementedError("exercise 1: doubling")
-        # end of exercise 1
-    """
+def remove_solutions(script: str, numbers: Iterable[int] = EXERCISES) -> str:
+    """The text of a script of this repository without the solutions of these exercises."""
+    text = (ROOT / script).read_text("utf-8")
     lines = text.split("\n")
-    for one in reversed(solutions(lines)):
-        error = f'raise NotImplementedError("exercise {one.exercise}: {one.title}")'
-        lines[one.first : one.last] = [one.indent + error]
-    return "\n".join(lines)
+    found = find_functions(ast.parse(text).body)
+    for number in numbers:
+        exercise = EXERCISES[number]
+        for name in exercise.functions if exercise.script == script else ():
+            docstring = found[name].body[0]
+            error = f'raise NotImplementedError("exercise {number}: {exercise.title}")'
+            first, last = docstring.end_lineno, found[name].end_lineno
+            # None keeps the numbers of the other lines.
+            lines[first:last] = [" " * docstring.col_offset + error] + [None] * (last - first - 1)
+    return "\n".join(line for line in lines if line is not None)
 
 
 def handout_files() -> list[str]:
-    """The files that a student gets, relative to the repository.
-
-    Leaves out runs, data, environments and the lecturer's files.
-    """
-    suffixes, names = (".py", ".md", ".txt", ".toml"), ("LICENSE", ".gitignore")
-    files = [f for f in ROOT.iterdir() if f.suffix in suffixes or f.name in names]
-    files += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*")]
-    paths = [file.relative_to(ROOT).as_posix() for file in files if file.is_file()]
+    """The files that a student gets, relative to the repository: no runs, data, environments."""
+    files = [ROOT / "LICENSE", ROOT / ".gitignore", Path(__file__)]  # the tests read EXERCISES
+    files += [file for file in ROOT.iterdir() if file.suffix in (".py", ".md", ".txt", ".toml")]
+    files += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file()]
+    paths = [file.relative_to(ROOT).as_posix() for file in files]
     excluded = re.compile(r"(^|/)(__pycache__|vlm-clean)/|\.tmp$")
     return sorted(p for p in paths if p not in LECTURER_FILES and not excluded.search(p))
 
 
-def write_handout(out: Path) -> None:
-    """Write the copy to `out`, a new or empty folder. Raises FileExistsError otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder: name another one")
-    for name in handout_files():  # all listed before writing: `out` may be inside the repository
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        if name in SCRIPTS:
-            (out / name).write_text(remove_solutions((ROOT / name).read_text("utf-8")), "utf-8")
-        else:
-            shutil.copy(ROOT / name, out / name)
-
-
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m assignment.handout",
         description="Write a student's copy of this repository, without the solutions.",
     )
     parser.add_argument("out", type=Path, help="a new or empty folder")
-    out = parser.parse_args().out
-    try:
-        write_handout(out)
-    except OSError as error:
-        parser.exit(2, f"handout.py: {error}\n")
+    out = parser.parse_args(argv).out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: name another one")
+    for name in handout_files():  # all listed before writing: `out` may be inside the repository
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, out / name)
+    for script in SCRIPTS:
+        (out / script).write_text(remove_solutions(script), "utf-8")
     print(f"written to {out}: the exercises are in {', '.join(SCRIPTS)}")
     print("start with: python -m pytest -rs -m exercise_1 tests")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])

@@ -187,7 +187,7 @@ def open_training(name: str, root: Path, split: str, samples: int):
             _, size = images[image_id]
             rows.append((image_id, (number, size, segmentation)))
     if not rows:
-        raise UserError(f"no id of {name}, such as {ids[:1]}, ends in an annotation's of {file}")
+        raise UserError(f"no id of {name}, such as {ids[:1]!a:.60}, ends in one of {file}")
     if len(rows) < len(ids):
         note = f"skipped: {len(ids) - len(rows)} of {len(ids)} rows of {name} have no annotation"
         tqdm.write(f"{note} in {file}", file=sys.stderr)

@@ -22,6 +22,12 @@ from pycocotools import mask as coco
 
 from plumbing.errors import UserError, reason_of
 
+SPLITS = {
+    "refcocog": ("train", "val", "test"),
+    "refcoco": ("train", "val", "testA", "testB"),
+    "refcoco+": ("train", "val", "testA", "testB"),
+    "reasonseg": ("train", "val", "test"),
+}
 # REFER published one of these files and instances.json for each set; they lie in ROOT/<name>/.
 # RefCOCOg has two partitions. Papers report umd, which has a test split.
 REFS = {"refcocog": "refs(umd).p", "refcoco": "refs(unc).p", "refcoco+": "refs(unc).p"}

@@ -90,17 +90,17 @@ def open_run(s, name: str) -> Path:
         out = Path(f"{name}-{number}")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"--out {out}: another process is writing to it") from error
-    _locks.append(lock)
     if not s.resume and any(file.name != LOCK for file in out.iterdir()):
         raise UserError(
             f"--out {out}: it is not empty: name another folder, delete it, or continue the run "
             "in it with --resume"
         )
+    lock = FileLock((out / LOCK).resolve(), is_singleton=True)  # this process may open it again
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"--out {out}: another process is writing to it") from error
+    _locks.append(lock)
     return out
 
 

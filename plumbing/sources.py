@@ -4,13 +4,7 @@ from pathlib import Path
 
 from data import ReasonSeg, RefCOCO, Shapes
 from plumbing.errors import UserError
-
-SPLITS = {
-    "refcocog": ("train", "val", "test"),
-    "refcoco": ("train", "val", "testA", "testB"),
-    "refcoco+": ("train", "val", "testA", "testB"),
-    "reasonseg": ("train", "val", "test"),
-}
+from plumbing.photos import SPLITS
 
 
 def load_data(spec: str, split: str, samples: int = 3000):
@@ -28,7 +22,7 @@ def load_data(spec: str, split: str, samples: int = 3000):
     try:
         if spec == "shapes":
             return Shapes(split)
-        if spec.startswith("hub:"):
+        if spec.startswith("hub:") and spec != "hub:":
             from plumbing.hub import open_hub  # few runs need it, and its imports take time
 
             return open_hub(spec.removeprefix("hub:"), split, samples)

@@ -1,6 +1,7 @@
 """The assignment: a hand-out fails the tests of every exercise and no others, and the grader gives
 the points that a student has earned."""
 
+import ast
 import doctest
 import json
 import os
@@ -8,26 +9,19 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from assignment import grade, handout
-
-EXERCISES = range(1, 11)
-MARKS = """
-def pytest_collection_modifyitems(items):
-    for item in items:
-        marks = [mark.name for mark in item.iter_markers() if mark.name.startswith("exercise_")]
-        item.user_properties += [("mark", mark) for mark in marks]
-"""
+from assignment.handout import EXERCISES, ROOT, SCRIPTS
+from plumbing.errors import UserError
 
 
 def command(name, *arguments):
-    """Run assignment/handout.py or assignment/grade.py as a module."""
-    command = [sys.executable, "-m", f"assignment.{name}", *arguments]
-    return subprocess.run(command, cwd=handout.ROOT, capture_output=True, text=True)
+    """Run assignment/handout.py or assignment/grade.py as a user does."""
+    line = [sys.executable, "-m", f"assignment.{name}", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,47 +33,45 @@ def student(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def solve(student, tmp_path):
-    """solve({exercise: lines}): a folder with the hand-out's scripts and these solutions."""
-
-    def write(bodies):
-        for script in handout.SCRIPTS:
-            lines = (student / script).read_text().split("\n")
-            for one in reversed(handout.solutions(lines)):
-                if one.exercise in bodies:
-                    body = textwrap.indent(bodies[one.exercise], one.indent)
-                    lines[one.first : one.last] = body.split("\n")
-            (tmp_path / script).parent.mkdir(exist_ok=True)
-            (tmp_path / script).write_text("\n".join(lines))
-        return tmp_path
-
-    return write
-
-
-def find_problem(case):
-    """The failure, error or skip of a test in a JUnit report, or None."""
-    return next((part for part in case if part.tag in ("failure", "error", "skipped")), None)
-
-
 @pytest.mark.parametrize("module", [handout, grade])
 def test_docstring_examples(module):
     failed, attempted = doctest.testmod(module)
     assert attempted and not failed
 
 
-def test_handout_is_the_repository_without_the_solutions(student):
+# --------------------------------------------------------------------------------------------------
+# The hand-out
+# --------------------------------------------------------------------------------------------------
+
+
+def test_handout_is_the_repository_without_the_lecturers_files(student):
     files = {file.relative_to(student).as_posix() for file in student.rglob("*") if file.is_file()}
-    scripts = "data.py reward.py grpo.py samr1_mini.py README.md LICENSE requirements.txt"
-    others = ".ci/run tests/conftest.py tests/test_grpo.py tiny/sam.safetensors"
-    modules = "tiny/vlm/config.json plumbing/answers.py plumbing/memory.py tools/merge.py"
-    examples = "examples/trl_grpo.py benchmarks/rollout.py assets/readme.png"
-    assert {*" ".join([scripts, others, modules, examples]).split()} <= files
+    expected = "data.py samr1_mini.py README.md LICENSE requirements.txt .ci/run tests/conftest.py"
+    expected += " tiny/sam.safetensors plumbing/answers.py tools/merge.py examples/trl_grpo.py"
+    assert {*SCRIPTS, *expected.split()} <= files
     assert not files & {"tests/test_assignment.py", "tests/test_tutorial.py"}
-    excluded = r"(^|/)(\.git|\.venv|runs|__pycache__|assignment)/"
-    assert not any(re.search(excluded, file) for file in files)
-    for file in files - set(handout.SCRIPTS):
-        assert (student / file).read_bytes() == (handout.ROOT / file).read_bytes()
+    assert [file for file in files if file.startswith("assignment/")] == ["assignment/handout.py"]
+    assert not [file for file in files if re.search(r"(^|/)(\.git|\.venv|runs|__pycache__)/", file)]
+    for file in files - set(SCRIPTS):
+        assert (student / file).read_bytes() == (ROOT / file).read_bytes()
+
+
+def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
+    for script in SCRIPTS:
+        reference = ast.parse((ROOT / script).read_text())
+        tree = ast.parse((student / script).read_text())
+        assert ast.dump(reference) != ast.dump(tree)
+        for number, exercise in EXERCISES.items():
+            for name in exercise.functions if exercise.script == script else ():
+                function = handout.find_functions(tree.body)[name]
+                error = f"raise NotImplementedError('exercise {number}: {exercise.title}')"
+                assert ast.unparse(function.body[1:]) == error
+                function.body = handout.find_functions(reference.body)[name].body
+        assert ast.dump(reference) == ast.dump(tree)
+        lines = (ROOT / script).read_text().split("\n")
+        for line in (student / script).read_text().split("\n"):  # comments too, and in order
+            if "raise NotImplementedError" not in line:
+                lines = lines[lines.index(line) + 1 :]
 
 
 def test_handout_names_no_command_that_students_lack_and_no_common_mistakes(student):
@@ -89,28 +81,34 @@ def test_handout_names_no_command_that_students_lack_and_no_common_mistakes(stud
         for module in re.findall(r"python -m (?!pytest)([a-z]\w*(?:\.\w+)*)", text):
             path = student / module.replace(".", "/")
             assert path.with_suffix(".py").is_file() or module in ("pip", "venv"), (file, module)
-    lecturers = (handout.ROOT / "assignment" / "README.md").read_text()
-    assert "Common mistakes" in lecturers and "python -m assignment.grade" in lecturers
+    assert "Common mistakes" in (ROOT / "assignment" / "README.md").read_text()
 
 
-def test_handout_replaces_exactly_the_solutions(student):
-    numbers = {}
-    for script in handout.SCRIPTS:
-        reference, text = ((f / script).read_text() for f in (handout.ROOT, student))
-        solutions = handout.solutions(reference.split("\n"))
-        markers = re.findall(r"^ *# (?:end of )?exercise \d", reference, re.MULTILINE)
-        assert len(markers) == 2 * len(solutions), "each marker is one of a pair"
-        numbers[script] = [one.exercise for one in solutions]
-        assert numbers[script] == sorted(numbers[script])
-        assert grade.lines_outside(text) == grade.lines_outside(reference)
-        for one in handout.solutions(text.split("\n")):
-            error = f'raise NotImplementedError("exercise {one.exercise}: {one.title}")'
-            assert text.split("\n")[one.first : one.last] == [one.indent + error]
-    assert numbers["plumbing/sam.py"] == [2]
-    assert sorted(set(sum(numbers.values(), []))) == list(EXERCISES)
-    assert sorted(grade.POINTS) == sorted(grade.exercises()) == list(EXERCISES)
-    assert sum(grade.POINTS.values()) == 100
+def test_handout_does_not_overwrite_anything(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for out in (tmp_path, tmp_path / "thesis.txt"):
+        refused = command("handout", out)
+        assert refused.returncode == 2
+        assert re.fullmatch(f"handout.py: {re.escape(str(out))} exists .*\n", refused.stderr)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
+
+def test_the_tutorials_table_is_that_of_the_exercises():
+    chapter = (ROOT / "TUTORIAL.md").read_text().split("\n## 10.")[1]
+    rows = re.findall(r"^(\| \d+ .*) \d+ \|$", chapter, re.M)  # without the minutes
+    expected = []
+    for number, exercise in EXERCISES.items():
+        module = exercise.script.removesuffix(".py").replace("/", ".")
+        functions = ", ".join(f"`{module}.{name}`" for name in exercise.functions)
+        expected.append(f"| {number} | {exercise.title} | {functions} | {exercise.points} |")
+    assert rows == expected
+    assert list(EXERCISES) == [*range(1, 11)]
+    assert sum(exercise.points for exercise in EXERCISES.values()) == 100
+
+
+# --------------------------------------------------------------------------------------------------
+# The marked tests
+# --------------------------------------------------------------------------------------------------
 
 # Runs pytest in several folders. Each run is a copy of one process that has imported the libraries,
 # which takes longer than most of the runs.
@@ -123,102 +121,111 @@ for folder, options in json.loads(sys.argv[1]):
         os._exit(pytest.main(options))
     os.wait()
 """
-ORDER = (1, 3, 2, 4, 5, 6, 7, 8, 9, 10)  # TUTORIAL's order: each needs earlier ones only
+MARKED = " or ".join(f"exercise_{number}" for number in EXERCISES)
 
 
 @pytest.fixture(scope="module")
-def reports(student, tmp_path_factory):
-    """JUnit reports of the hand-out's tests: {0: of all, while nothing is solved; N: of those of
-    exercise N, while it and all before it in ORDER are solved}."""
+def messages(student, tmp_path_factory):
+    """What the hand-out's tests say: a list of (name, message) each, "" for a test that passes.
+
+    "marked" and "others": while nothing is solved. N: those of exercise N, while the exercises 1 to
+    N are solved.
+    """
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot copy a process")
     folder = tmp_path_factory.mktemp("reports")
-    (folder / "marks.py").write_text(MARKS)
-    options = "-q --tb=line -p no:cacheprovider -p marks".split()
-    options += ["-W", "error::pytest.PytestUnknownMarkWarning", *grade.TESTS]
-    runs = [(str(student), [*options, f"--junitxml={folder}/0.xml"])]
-    for place, number in enumerate(ORDER):
+    runs = {"marked": (student, MARKED), "others": (student, f"not ({MARKED})")}
+    for number in EXERCISES:
         tree = folder / str(number)
         shutil.copytree(student, tree, copy_function=os.link)
-        for script in handout.SCRIPTS:
-            text = (handout.ROOT / script).read_text()
-            solved = handout.remove_solutions(text)
-            for earlier in ORDER[: place + 1]:
-                if grade.exercises()[earlier][0] == script:
-                    solved = grade.insert_solution(solved, text, earlier)
+        for script in SCRIPTS:
             (tree / script).unlink()  # it is the same file as the hand-out's
-            (tree / script).write_text(solved)
-        more = [f"--junitxml={folder}/{number}.xml", "-m", f"exercise_{number}"]
-        runs.append((str(tree), options + more))
-    environment = grade.environment() | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", RUN_ALL, json.dumps(runs)]
-    subprocess.run(command, env=environment, capture_output=True)
-    files = {number: folder / f"{number}.xml" for number in (0, *ORDER)}
-    return {number: list(ET.parse(file).iter("testcase")) for number, file in files.items()}
+            text = handout.remove_solutions(script, range(number + 1, 11))
+            (tree / script).write_text(text)
+        runs[number] = (tree, f"exercise_{number}")
+    options = "-q --tb=line -p no:cacheprovider -W error::pytest.PytestUnknownMarkWarning".split()
+    lines = [
+        (str(tree), [*options, *grade.TESTS, "-m", marks, f"--junitxml={folder}/{name}.xml"])
+        for name, (tree, marks) in runs.items()
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    line = [sys.executable, "-c", RUN_ALL, json.dumps(lines)]
+    subprocess.run(line, env=environment, capture_output=True)
+    found = {}
+    for name in runs:
+        cases = ET.parse(folder / f"{name}.xml").iter("testcase")
+        found[name] = [(c.get("name"), "".join(part.get("message") for part in c)) for c in cases]
+    return found
 
 
 @pytest.mark.slow
-def test_handout_fails_the_tests_of_every_exercise_and_no_others(reports):
-    exercises, passed = set(), 0
-    for case in reports[0]:
-        name, marks = case.get("name"), {mark.get("value") for mark in case.iter("property")}
-        problem = find_problem(case)
-        message = problem.get("message") if problem is not None else ""
-        if marks:
-            # A marked test that reaches the code of another exercise first, or of none, would
-            # pass for an untouched hand-out, because the grader fills in the other exercises.
-            missing = re.search(r"NotImplementedError: exercise (\d+): ", message)
-            assert missing and problem.tag == "failure", (name, marks, message)
-            assert f"exercise_{missing[1]}" in marks, (name, marks, message)
-            exercises.add(int(missing[1]))
-        elif message:
-            assert re.fullmatch(r"needs exercise \d+", message), (name, message)
-        else:
-            passed += 1
-    assert exercises == set(EXERCISES) and passed > 40
-
-
-def test_handout_does_not_overwrite_anything(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    for out in (tmp_path, tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "below"):
-        refused = command("handout", out)
-        assert refused.returncode == 2
-        assert re.fullmatch(f"handout.py: .*{re.escape(str(out))}.*\n", refused.stderr)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_the_references_own_solutions_are_the_reference():
-    for number, (script, _) in grade.exercises().items():
-        text = (handout.ROOT / script).read_text()
-        assert grade.insert_solution(text, text, number) == text
+def test_handout_fails_the_tests_of_every_exercise_and_no_others(messages):
+    exercises = set()
+    for name, message in messages["marked"]:
+        # A marked test that reaches the code of another exercise first, or of none, would pass for
+        # an untouched hand-out, because the grader fills in the other exercises. (conftest.py
+        # skips a test that reaches another exercise than its own.)
+        missing = re.search(r"NotImplementedError: exercise (\d+): ", message)
+        assert missing, (name, message)
+        exercises.add(int(missing[1]))
+    assert exercises == set(EXERCISES)
+    for name, message in messages["others"]:
+        assert not message or re.fullmatch(r"needs exercise \d+", message), (name, message)
+    assert [message for _, message in messages["others"]].count("") > 40
 
 
 @pytest.mark.slow
-def test_exercises_can_be_solved_in_order(reports):
+def test_exercises_can_be_solved_in_order(messages):
     """All tests of an exercise pass, and none is skipped, while later ones are not solved."""
-    for number in ORDER:
-        assert reports[number], number
-        for case in reports[number]:
-            marks = {mark.get("value") for mark in case.iter("property")}
-            assert f"exercise_{number}" in marks
-            assert find_problem(case) is None, (number, case.get("name"))
-    assert sum(map(len, reports.values())) - len(reports[0]) > 100
+    for number in EXERCISES:
+        assert messages[number], number
+        assert not [(name, message) for name, message in messages[number] if message]
 
 
-def test_the_order_is_that_of_the_tutorial():
-    table = re.findall(r"^\| (\d+) \|", (handout.ROOT / "TUTORIAL.md").read_text(), re.MULTILINE)
-    assert table[-len(ORDER) :] == list(map(str, ORDER))
+# --------------------------------------------------------------------------------------------------
+# The grader
+# --------------------------------------------------------------------------------------------------
+
+
+def solve(text, name, body):
+    """The text of a student's script with `body` in place of the NotImplementedError of `name`."""
+    lines = text.split("\n")
+    line = handout.find_functions(ast.parse(text).body)[name].end_lineno - 1
+    assert "NotImplementedError" in lines[line]
+    lines[line] = "\n".join(f"    {one}" for one in body.split("\n"))
+    return "\n".join(lines)
+
+
+def test_grader_takes_bodies_and_new_functions_only():
+    reference = "from m import load\nLIMIT = 3\ndef f(x):\n    'Doc.'\n    return 0\n"
+    reference += "def g(x):\n    return load(max(x, LIMIT))\n"
+    student = (
+        "def f(y, x=1):\n    'Mine.'\n    return helper(x)\ndef helper(x):\n    return 2 * x\n"
+    )
+    others = ("g", "load", "LIMIT", "max")
+    student += "\n".join(f"def {name}(x):\n    return 'mine'" for name in others)
+    expected = ast.unparse(
+        ast.parse(reference.replace("return 0", "'Mine.'\n    return helper(x)"))
+    )
+    expected += "\n\ndef helper(x):\n    return 2 * x"
+    assert grade.insert_solution(reference, student, ["f"]) == expected
 
 
 # Exercise 5 is right but fails a hidden test, 6 is right, and 7 is not valid Python.
 SOLUTIONS = {
-    5: """centred = rewards - rewards.mean(-1, keepdim=True)
+    "group_advantages": """centred = rewards - rewards.mean(-1, keepdim=True)
 std = rewards.std(-1, keepdim=True)
 return centred / (std + eps) * (std > 1e-6)""",
-    6: "log_q = reference - logprobs\nreturn log_q.expm1() - log_q",
-    7: "ratio = (\nadvantage = 1",
-    9: "return None",
+    "k3_kl": "return minus_one(reference - logprobs)",
+    "grpo_loss": "ratio = (\nadvantage = 1",
 }
+OUTSIDE = """\n
+def minus_one(x):
+    return x.expm1() - x
+
+
+raise SystemExit
+"""
 HIDDEN = """
 import pytest, torch, grpo
 
@@ -231,91 +238,72 @@ def test_hidden(n, samples):
 
 
 @pytest.mark.slow
-def test_each_exercise_is_graded_on_its_own(solve, tmp_path_factory):
-    folder = solve(SOLUTIONS)
-    script = folder / "grpo.py"
-    text = script.read_text().replace("# end of exercise 9", "# removed")
-    script.write_text(text + "\nraise SystemExit  # outside the markers\n")
-    (folder / "tests").mkdir()
+def test_each_exercise_is_graded_on_its_own(student, tmp_path):
+    folder, hidden = tmp_path / "student", tmp_path / "hidden"
+    (folder / "tests").mkdir(parents=True)
     (folder / "tests" / "conftest.py").write_text("import os; os._exit(0)")  # must not be used
-    hidden = tmp_path_factory.mktemp("hidden")
+    hidden.mkdir()
     (hidden / "test_hidden.py").write_text(HIDDEN)
-    numbers = ["9", "7", "6", "5"]
-    flags = ["--hidden", hidden, "--limit", "300", "--exercises", *numbers]
-    result = command("grade", folder, *flags)
+    text = (student / "grpo.py").read_text().replace("def pack(", "def packed(")
+    for name, body in SOLUTIONS.items():
+        text = solve(text, name, body)
+    (folder / "grpo.py").write_text(text + OUTSIDE)
+    numbers = ["9", "7", "6", "5", "4"]
+    result = command("grade", folder, "--hidden", hidden, "--limit", 300, "--exercises", *numbers)
     assert result.returncode == 0, result.stderr
-    table, summary = result.stdout.splitlines(), json.loads(result.stdout.splitlines()[-1])
-    five, six, seven, nine = summary["exercises"]
-    assert [row["exercise"] for row in summary["exercises"]] == [5, 6, 7, 9] and len(table) == 7
+    table = result.stdout.splitlines()
+    summary = json.loads(table[-1])
+    four, five, six, seven, nine = summary["exercises"]
+    assert [row["exercise"] for row in summary["exercises"]] == [4, 5, 6, 7, 9] and len(table) == 8
+    assert four["points"] == 0 and "reward.py" in four["remark"]
     assert five["tests"] == five["passed"] + 1
     assert five["points"] == 5 * five["passed"] // five["tests"] < 5
-    assert "test_hidden[2]" in five["remark"] and table[1].endswith(five["remark"])
+    assert "test_hidden[2]" in five["remark"] and table[2].endswith(five["remark"])
     assert six["passed"] == six["tests"] > 1 and six["points"] == six["of"] == 5
-    assert six["remark"] == "edits outside the markers were ignored"
     assert seven["points"] == nine["points"] == 0
-    assert seven["remark"].startswith("syntax error")
-    assert "ratio = (" in seven["remark"], "the student's line, not the reference's"
-    assert "markers" in nine["remark"]
-    assert summary["points"] == five["points"] + six["points"] and summary["of"] == 35
+    assert seven["remark"].startswith("syntax error") and "ratio = (" in seven["remark"]
+    assert nine["remark"]
+    assert summary["points"] == five["points"] + six["points"] and summary["of"] == 40
 
 
-# What a solution might do. Name: (its lines, passed tests of two, text in the remark)
+# What a solution might do. Name: (its lines, passed tests, tests, text in the remark)
 HOSTILE = {
-    "right": ("return 1", 2, ""),
-    "one test fails": ("return 1 if x else 0", 1, "test_two: assert"),
-    "not solved": ("raise NotImplementedError", 0, "NotImplementedError"),
-    "sys.exit": ("import sys; sys.exit(0)", 0, "SystemExit"),
-    "os._exit": ("import os; os._exit(0)", 0, "without a report, exit code 0"),
-    "pytest.exit": ("import pytest; pytest.exit('enough', 0)", 0, "ended before all tests"),
-    "os._exit in test 2": ("import os; return 1 if x else os._exit(0)", 0, "without a report"),
-    "pytest.skip": ("import pytest; pytest.skip('hard')", 0, "hard"),
-    "pytest.xfail": ("import pytest; pytest.xfail('hard')", 0, ""),
-    "recursion": ("return f(x)", 0, "RecursionError"),
-    "much output": ("for _ in range(200_000): print('x' * 1000)\nreturn 1", 2, ""),
-    "pytest.exit in test 2": (
-        "import pytest; return 1 if x else pytest.exit('enough', 0)",
+    "right": ("return 1", 2, 2, ""),
+    "one test fails": ("return 1 if x else 0", 1, 2, "test_two: assert"),
+    "skip": ("import pytest; return 1 if x else pytest.skip('hard')", 1, 2, "test_two: hard"),
+    "end the process": ("import os; return 1 if x else os._exit(0)", 0, 0, "ended before"),
+    "end the session": (
+        "import pytest; return 1 if x else pytest.exit('', 0)",
         0,
-        "ended before all tests",
+        0,
+        "ended before",
     ),
-    "interrupt": ("raise KeyboardInterrupt", 0, "ended before all tests"),
-    "endless loop": ("while True: pass", 0, "stopped after 4 seconds"),
+    "print": ("for _ in range(200_000): print('x' * 1000)\nreturn 1", 2, 2, ""),
+    "endless loop": ("while True: pass", 0, 0, "stopped after 4 seconds"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_grader_survives_any_solution(name, tmp_path, monkeypatch):
-    body, expected, text = HOSTILE[name]
+    body, *expected, text = HOSTILE[name]
     lines = "\n    ".join(body.split("\n"))
     (tmp_path / "test_small.py").write_text(
         f"import pytest\n\n\ndef f(x):\n    {lines}\n\n\npytestmark = pytest.mark.exercise_1\n\n\n"
         "def test_one():\n    assert f(1) == 1\n\n\ndef test_two():\n    assert f(0) == 1\n"
     )
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")  # must not be inherited
-    monkeypatch.setenv("PYTHONPATH", "nowhere")
     limit = 4 if name == "endless loop" else 60
-    passed, total, remark = grade.run_tests(tmp_path, "exercise_1", ["test_small.py"], limit)
-    assert passed == expected and (total == 2 or name == "endless loop")
+    passed, tests, remark = grade.run_tests(tmp_path, 1, ["test_small.py"], limit)
+    assert [passed, tests] == expected
     assert text in remark and len(remark) <= 120
 
 
-def test_invalid_arguments_get_one_line(student, tmp_path, tmp_path_factory):
-    empty = tmp_path_factory.mktemp("hidden")
-    limit, hidden = [student, "--limit", "0"], [student, "--hidden", empty]
-    for arguments in ([empty], [tmp_path / "nothing"], hidden, limit):
-        refused = command("grade", *arguments)
-        assert refused.returncode == 2 and not refused.stdout
-        assert re.fullmatch("grade.py: .*\n", refused.stderr)
-    shutil.copy(handout.ROOT / "tests" / "test_grpo.py", empty)
-    refused = command("grade", *hidden)
-    assert refused.returncode == 2
-    assert re.fullmatch("grade.py: --hidden: test_grpo.py .*\n", refused.stderr)
-
-
-def test_a_missing_or_unreadable_script_costs_only_its_exercises(student, tmp_path):
-    shutil.copy(student / "grpo.py", tmp_path)
-    (row,) = grade.grade(tmp_path, [4])
-    assert row["points"] == 0 and "reward.py" in row["remark"]
-    (tmp_path / "reward.py").write_bytes(b"\xff\xfe")
-    (row,) = grade.grade(tmp_path, [4])
-    assert row["points"] == 0 and "decode" in row["remark"]
+def test_invalid_arguments_name_the_mend(student, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} has no grpo.py"):
+        grade.main([str(tmp_path)])
+    with pytest.raises(UserError, match="has no test_"):
+        grade.main([str(student), "--hidden", str(tmp_path)])
+    shutil.copy(ROOT / "tests" / "test_grpo.py", tmp_path)
+    with pytest.raises(UserError, match=r"test_grpo.py is a visible test file: rename yours"):
+        grade.main([str(student), "--hidden", str(tmp_path)])

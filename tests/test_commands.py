@@ -1,15 +1,11 @@
-"""The commands eval and segment, tools.merge, bad input, and folders that must not be deleted.
+"""The commands eval and segment, bad input, --resume, and real formats in miniature.
 
-Real formats are miniatures: RefCOCOg, ReasonSeg, a policy in a local folder, and a SAM checkpoint
-of an official size.
+Real formats: RefCOCOg, ReasonSeg, a policy in a local folder, a SAM checkpoint of an official size.
 """
 
 import json
 import re
 import shutil
-import struct
-import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,15 +16,15 @@ from makers import make_reasonseg, make_refcocog
 from PIL import Image
 from segment_anything import sam_model_registry
 
-import reward
 import samr1_mini
 from data import BadSample, Sample, Shapes
-from plumbing import runs
+from plumbing.errors import UserError
+from plumbing.rewards import true_box
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.scenes import interior_points
+from plumbing.sources import load_data
 from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt
-from tools import merge
 
 ROOT = Path(samr1_mini.__file__).parent
 QUICK = "--steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 3 --save_every 100"
@@ -38,19 +34,19 @@ def run(command: str, *more: object) -> None:
     samr1_mini.main([*command.split(), *map(str, more)])
 
 
-def refused(capsys, command: str, *more: object) -> str:
-    """Run a command that must exit with code 2 and one line, and return that line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
+def refused(command: str, *more: object) -> str:
+    """Run a command that must be refused, and return what it says, which is one line."""
+    with pytest.raises(UserError) as error:
         run(command, *more)
-    lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if line.startswith("samr1_mini.py")]
-    assert stopped.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+    return str(error.value)
 
 
 def answers(out: Path) -> str:
     return (out / "answers.jsonl").read_text()
+
+
+def first_answer(out: Path) -> dict:
+    return json.loads(answers(out).splitlines()[0])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +73,7 @@ def trained(tmp_path_factory) -> Path:
 def evaluated(tmp_path_factory) -> Path:
     """An evaluation of the base model on six drawn scenes."""
     out = tmp_path_factory.mktemp("evaluated") / "eval"
-    run("eval --limit 6 --rollout_prompts 2 --out", out)
+    run("eval --limit 6 --out", out)
     return out
 
 
@@ -114,7 +110,6 @@ def test_eval_of_an_adapter_repeats_the_metrics_of_its_run(trained, tmp_path, ca
     assert len({row["id"] for row in rows}) == 3
     assert results["run"]["giou"] == pytest.approx(np.mean([row["iou"] for row in rows]))
     assert Image.open(out / "sheet.png").width > 500
-    assert {file.name for file in out.iterdir()} <= {runs.MARK, *runs.RUN_FILES}
     assert "gIoU" in capsys.readouterr().out
 
 
@@ -142,7 +137,7 @@ def test_a_skipped_sample_keeps_its_place_and_counts_in_no_metric(scorer):
                 raise BadSample(f"{index} is broken")
             return super().__getitem__(index)
 
-    s = samr1_mini.parse_settings("eval", ["--rollout_prompts", "4"])
+    s = samr1_mini.parse_settings("eval", [])
     policy = load_vlm("tiny", "cpu", 64, "brief")
     rows = samr1_mini.evaluate(policy, scorer, Broken("heldout"), s, 7, "")
     names = [f"shapes-heldout-0-{k}" if k % 3 != 1 else "skipped" for k in range(7)]
@@ -150,12 +145,6 @@ def test_a_skipped_sample_keeps_its_place_and_counts_in_no_metric(scorer):
     assert [row["skipped"] for row in rows if "id" not in row] == ["1 is broken", "4 is broken"]
     for prefix in ("", "ceiling_"):
         assert samr1_mini.compute_metrics(rows, prefix)["n"] == 5
-
-
-def test_metrics_of_no_sample_are_zero():
-    metrics = samr1_mini.compute_metrics([{"skipped": "it is broken"}])
-    names = ("giou", "ciou", "format", "box", "points", "boxonly", "n")
-    assert metrics == dict.fromkeys(names, 0)
 
 
 def test_metrics_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypatch):
@@ -174,8 +163,8 @@ def test_metrics_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypa
     for k in range(3):
         hidden = ignore if k == 0 else None
         one = Sample(Image.new("RGB", (16, 16)), "q", truth[k], hidden, str(k))
-        best = (torch.full((1, 16, 16), -1.0), torch.tensor([True]))
-        monkeypatch.setattr(scorer, "_best_logits", lambda *args, best=best: best)
+        empty = torch.full((1, 16, 16), -1.0)
+        monkeypatch.setattr(scorer, "best_logits", lambda *args, empty=empty: empty)
         mask = torch.from_numpy(found[k])[None].float()
         monkeypatch.setattr(scorer.sam, "upsample", lambda *args, mask=mask: mask)
         overlap = scorer.score([one], [[SamPrompt(None, ())]])
@@ -191,7 +180,8 @@ def test_metrics_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypa
 
 def test_three_prompts_are_scored_for_each_sample(scorer, monkeypatch):
     """The policy's; the true box with good points; the policy's box without its points."""
-    policy, batch = load_vlm("tiny", "cpu", 64, "brief"), [Shapes("heldout")[i] for i in range(3)]
+    policy = load_vlm("tiny", "cpu", 64, "brief")
+    batch = [Shapes("heldout")[i] for i in range(3)]
     box = '"bbox": [8, 8, 56, 56], "points_1": [10, 10]'
     y, x = np.argwhere(batch[0].mask)[0]
     width, height = batch[0].image.size
@@ -207,11 +197,11 @@ def test_three_prompts_are_scored_for_each_sample(scorer, monkeypatch):
         return scored[-1][1]
 
     monkeypatch.setattr(scorer, "score", noted)
-    rows = samr1_mini.evaluate_batch(policy, scorer, batch, None)
+    rows = samr1_mini.evaluate_batch(policy, scorer, batch, samr1_mini.parse_settings("eval", []))
     ((prompts, overlap),) = scored  # all in one call
     for b, (one, group) in enumerate(zip(batch, prompts, strict=True)):
         ours, ceiling, box_only = group
-        assert ceiling == SamPrompt(reward.true_box(one.mask), interior_points(one.mask))
+        assert ceiling == SamPrompt(true_box(one.mask), interior_points(one.mask))
         assert box_only == SamPrompt(ours.box, ())
         assert (rows[b]["box"], rows[b]["points"]) == (ours.box, ours.points)
         for k, prefix in enumerate(("", "ceiling_", "boxonly_")):
@@ -228,143 +218,41 @@ def test_three_prompts_are_scored_for_each_sample(scorer, monkeypatch):
     assert rows[2]["box_iou"] == 0 < rows[0]["box_iou"]
 
 
-def test_the_true_box_is_the_tightest_one():
-    mask = np.zeros((10, 20), bool)
-    assert samr1_mini.true_box(mask) is None
-    mask[3:5, 7:12] = True
-    assert samr1_mini.true_box(mask) == (7, 3, 12, 5)
-
-
 # --------------------------------------------------------------------------------------------------
-# segment and merge
+# segment
 # --------------------------------------------------------------------------------------------------
 
 
-def test_segment_draws_and_prints(tmp_path, capsys):
-    image, _, query, _ = Shapes("heldout").scene(1)
-    image.save(tmp_path / "scene.png")
-    run("segment --image", tmp_path / "scene.png", "--query", query, "--out", tmp_path / "out.png")
-    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert printed["query"] == query and "mask_pixels" in printed and "completion" in printed
-    assert Image.open(tmp_path / "out.png").width > 300
-
-
-def test_segment_rotates_a_picture_as_its_exif_data_say(evaluated, tmp_path, capsys):
+def test_segment_answers_as_eval_does_and_rotates_as_exif_says(evaluated, tmp_path, capsys):
     """A camera stores a picture on its side. SAM and the policy must see it upright."""
-    image, exif = Shapes("heldout")[0].image, Image.Exif()
+    image = Shapes("heldout")[0].image
+    image.save(tmp_path / "scene.png")
+    exif = Image.Exif()
     exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
-    row = json.loads(answers(evaluated).splitlines()[0])
-    flags = ["--query", row["query"], "--out", tmp_path / "out.png"]
-    run("segment --image", tmp_path / "stored.png", *flags)
-    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert printed["completion"] == row["answer"] and printed["bbox"] == row["box"]
-
-
-def test_segment_answers_as_eval_does(evaluated, tmp_path, capsys):
-    rows = [json.loads(line) for line in answers(evaluated).splitlines()]
-    Shapes("heldout")[0].image.save(tmp_path / "scene.png")
-    flags = ["--query", rows[0]["query"], "--out", tmp_path / "out.png"]
-    run("segment --image", tmp_path / "scene.png", *flags)
-    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert printed["completion"] == rows[0]["answer"] and printed["bbox"] == rows[0]["box"]
+    row = first_answer(evaluated)
+    for name in ("scene.png", "stored.png"):
+        flags = ["--query", row["query"], "--out", tmp_path / "out.png"]
+        run("segment --image", tmp_path / name, *flags)
+        printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert printed["completion"] == row["answer"] and printed["bbox"] == row["box"]
+        assert Image.open(tmp_path / "out.png").width > 300
 
 
 # --------------------------------------------------------------------------------------------------
-# --overwrite and --resume never touch other files
+# Folders and --resume
 # --------------------------------------------------------------------------------------------------
 
 
-def test_overwrite_never_deletes_a_model(policy_folder, tmp_path, capsys):
-    model, link = tmp_path / "M", tmp_path / "link"
-    shutil.copytree(policy_folder, model)
-    link.symlink_to(model)
-    before = contents(model)
-    for vlm in (model, link):
-        for out in (model, link):
-            line = refused(capsys, "eval --limit 2 --overwrite --vlm", vlm, "--out", out)
-            assert "--out" in line and str(vlm) in line
-    for out in (model, link):  # here the model is not an input
-        assert "other files" in refused(capsys, "eval --limit 2 --overwrite --out", out)
-    assert contents(model) == before
-
-
-def test_overwrite_never_deletes_a_folder_that_holds_more_than_a_run(
-    policy_folder, evaluated, tmp_path, capsys
-):
-    both = tmp_path / "both"
-    shutil.copytree(policy_folder, both)
-    shutil.copytree(evaluated, both, dirs_exist_ok=True)
-    before = contents(both)
-    assert runs.MARK in before and "model.safetensors" in before
-    line = refused(capsys, "eval --limit 2 --overwrite --out", both)
-    assert "also holds" in line
-    line = refused(capsys, "eval --limit 2 --overwrite --vlm", both, "--out", both)
-    assert str(both) in line
-    assert contents(both) == before
-
-
-def test_overwrite_never_deletes_the_adapter_that_it_reads(trained, tmp_path, capsys):
-    copy = Path(shutil.copytree(trained, tmp_path / "run"))
-    before = contents(copy)
-    adapter = copy / "adapter"
-    for out in (copy, adapter, tmp_path, copy / ".." / "run"):
-        line = refused(capsys, "eval --limit 2 --overwrite --adapter", adapter, "--out", out)
-        assert str(adapter) in line
-    assert contents(copy) == before
-
-
-def test_overwrite_never_deletes_data_or_weights(refcocog, tmp_path, capsys):
-    root = Path(shutil.copytree(refcocog, tmp_path / "data"))
-    weights = root / "sam.safetensors"
-    shutil.copy(ROOT / "tiny" / "sam.safetensors", weights)
-    (root / runs.MARK).write_text("eval")
-    before = contents(root)
-    for flags in (["--data", f"refcocog:{root}"], ["--data", f"refcocog:{root}/test"]):
-        refused(capsys, "eval --overwrite", *flags, "--out", root)
-    assert "sam.safetensors" in refused(
-        capsys, "eval --overwrite --limit 2 --sam", f"tiny:{weights}", "--out", root
-    )
-    assert contents(root) == before
-
-
-def test_only_a_marked_folder_is_replaced(evaluated, tmp_path, capsys):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.txt").write_text("three years")
-    refused(capsys, "eval --overwrite --limit 2 --out", tmp_path / "thesis")
-    assert contents(tmp_path / "thesis") == {"thesis.txt": b"three years"}
-    copy = Path(shutil.copytree(evaluated, tmp_path / "copy"))
-    (copy / runs.MARK).unlink()  # then it is a folder with files like those of a run
-    refused(capsys, "eval --overwrite --limit 2 --out", copy)
-    assert answers(copy) == answers(evaluated)
-    (copy / runs.MARK).write_text("eval")
-    run("eval --overwrite --limit 2 --out", copy)
-    assert len(answers(copy).splitlines()) == 2
-
-
-def test_resume_needs_a_run_of_the_same_command(trained, evaluated, capsys):
-    before = contents(trained), contents(evaluated)
-    for command, out in (("train", evaluated), ("eval", trained)):
-        assert str(out) in refused(capsys, f"{command} --resume --out", out)
-    assert (contents(trained), contents(evaluated)) == before
-
-
-@pytest.mark.parametrize("change", ["list", "unknown key", "missing key", "type", "cut", "no file"])
-def test_a_damaged_config_is_reported(change, evaluated, tmp_path, capsys):
-    copy = Path(shutil.copytree(evaluated, tmp_path / "copy"))
-    config = json.loads((copy / "config.json").read_text())
-    texts = {
-        "list": "[{}]",
-        "unknown key": json.dumps(config | {"colour": "red"}),
-        "missing key": json.dumps({k: v for k, v in config.items() if k != "vlm"}),
-        "type": json.dumps(config | {"limit": ["many"]}),
-        "cut": json.dumps(config)[:50],
-    }
-    (copy / "config.json").unlink()
-    if change in texts:
-        (copy / "config.json").write_text(texts[change])
-    assert "config.json" in refused(capsys, "eval --resume --out", copy)
-    assert answers(copy) == answers(evaluated)
+def test_a_folder_with_files_is_never_written_to(policy_folder, trained, evaluated, tmp_path):
+    """Neither a model, nor another run, nor the adapter that is read."""
+    before = [contents(folder) for folder in (policy_folder, trained, evaluated)]
+    assert "not empty" in refused("eval --limit 2 --vlm", policy_folder, "--out", policy_folder)
+    assert "not empty" in refused("eval --limit 2 --out", trained)
+    assert "not empty" in refused("eval --adapter", trained / "adapter", "--out", trained)
+    assert str(evaluated) in refused("train --resume --out", evaluated)
+    assert str(trained) in refused("eval --resume --out", trained)
+    assert [contents(folder) for folder in (policy_folder, trained, evaluated)] == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,32 +260,18 @@ def test_a_damaged_config_is_reported(change, evaluated, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG that says it has so many pixels, and holds hardly any."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(name + data))
-        return struct.pack(">I", len(data)) + name + data + checksum
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
-
-
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory) -> Path:
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp / "deep.png")
+    Image.new("RGB", (201, 1)).save(tmp / "thin.png")
     (tmp / "empty").mkdir()
     torch.save({"weight": torch.zeros(3)}, tmp / "other.pth")
     weights = (ROOT / "tiny" / "sam.safetensors").read_bytes()
     (tmp / "cut.safetensors").write_bytes(weights[:5000])
     (tmp / "other_adapter").mkdir()
     (tmp / "other_adapter" / "adapter_config.json").write_text("{}")
-    (tmp / "list_adapter").mkdir()
-    (tmp / "list_adapter" / "adapter_config.json").write_text("[]")
-    Image.new("RGB", (201, 1)).save(tmp / "thin.png")
-    (tmp / "bomb.png").write_bytes(bomb(100_000, 100_000))
     return tmp
 
 
@@ -406,68 +280,42 @@ BAD = {  # what is wrong: (command line, what the message must name)
     "flag": ("train --stepz 3", "--stepz"),
     "value": ("train --steps many", "--steps"),
     "choice": ("train --accuracy best", "--accuracy"),
-    "preset": ("train --preset qwen72b", "--preset"),
     "stray word": ("train quickly", "quickly"),
     "flag of another command": ("eval --steps 3", "--steps"),
-    "negative steps": ("train --steps -3", "--steps"),
-    "negative seed": ("train --seed -1", "--seed"),
-    "negative data seed": ("train --data_seed -1", "--data_seed"),
-    "huge seed": ("train --seed 123456789012345678901234567890", "--seed"),
-    "data seed of 70 bits": ("train --data_seed 1180591620717411303424", "--data_seed"),
-    "seed of 70 bits": ("train --seed 1180591620717411303424", "--seed"),
-    "huge side": ("train --side 1000000", "--side"),
-    "huge side of segment": ("segment --side 1000000 --query star", "--side"),
-    "huge rank": ("train --lora_rank 5000", "--lora_rank"),
-    "huge limit": ("eval --max_new_tokens 5000", "--max_new_tokens"),
-    "nan": ("train --lr nan", "--lr"),
-    "infinity": ("train --beta inf", "--beta"),
-    "no learning rate": ("train --lr 0", "--lr"),
-    "temperature": ("train --temperature 0", "--temperature"),
-    "nucleus": ("train --top_p 1.5", "--top_p"),
-    "clip": ("train --eps_low 2", "--eps_low"),
-    "group of one": ("train --group_size 1", "--group_size"),
+    "number": ("train --temperature 0", "--temperature"),
     "mini-batches": ("train --prompts_per_step 8 --minibatches 3", "--minibatches"),
-    "no mini-batch": ("train --minibatches 0", "--minibatches"),
-    "no held-out samples": ("train --eval_samples 0", "--eval_samples"),
-    "negative limit": ("eval --limit -1", "--limit"),
-    "no batch": ("eval --rollout_prompts 0", "--rollout_prompts"),
     "command": ("trian", "trian"),
     "data": ("train --data imagenet", "--data imagenet"),
     "sam": ("train --sam vit_x:y", "--sam vit_x:y"),
     "sam file": ("train --sam vit_b:{tmp}/none.pth", "none.pth"),
     "sam of another size": ("train --sam vit_b:{tmp}/other.pth", "other.pth"),
     "sam cut short": ("train --sam vit_b:{tmp}/cut.safetensors", "cut.safetensors"),
-    "vlm": ("train --vlm {tmp}/none", "none"),
-    "vlm folder": ("train --vlm {tmp}/empty", "empty"),
+    "vlm": ("train --vlm {tmp}/none", "--vlm {tmp}/none"),
+    "vlm folder": ("train --vlm {tmp}/empty", "--vlm {tmp}/empty"),
     "side": ("train --side 70", "--side"),
-    "device": ("train --device abacus", "abacus"),
+    "device": ("train --device abacus", "--device abacus"),
     "adapter": ("eval --adapter {tmp}/empty", "adapter_config.json"),
     "adapter of another model": ("eval --adapter {tmp}/other_adapter", "other_adapter"),
     "out is a file": ("eval --limit 1 --out {tmp}/broken.png", "broken.png"),
-    "out is a folder": ("segment --query x --image {root}/assets/tiers.png --out {tmp}", "--out"),
-    "out without a suffix": (f"{SEGMENT} --out {{tmp}}/noext", "name the picture"),
-    "out with another suffix": (f"{SEGMENT} --out {{tmp}}/out.txt", "name the picture"),
-    "adapter that is a list": ("eval --adapter {tmp}/list_adapter", "list_adapter"),
-    "image token": ("segment --image {root}/assets/tiers.png --query <|image_pad|>", "--query"),
-    "lone surrogate": ("segment --image {root}/assets/tiers.png --query \udcff", "--query"),
-    "thin image": ("segment --query star --image {tmp}/thin.png", "201 x 1"),
-    "decompression bomb": ("segment --query star --image {tmp}/bomb.png", "too many pixels"),
-    "16-bit image": ("segment --query star --image {tmp}/deep.png", "deep.png"),
+    "out is a folder": (f"{SEGMENT} --out {{tmp}}", "--out"),
+    "out without a suffix": (f"{SEGMENT} --out {{tmp}}/noext", "name a picture"),
+    "image token": ("segment --image {root}/assets/tiers.png --query <|image_pad|>", "query"),
+    "no query": ("segment --image {root}/assets/tiers.png", "query"),
     "no image": ("segment --query star", "--image"),
-    "no query": ("segment --image {tmp}/broken.png", "--query"),
+    "thin image": ("segment --query star --image {tmp}/thin.png", "201 x 1"),
+    "16-bit image": ("segment --query star --image {tmp}/deep.png", "deep.png"),
     "missing image": ("segment --query star --image {tmp}/none.png", "none.png"),
     "broken image": ("segment --query star --image {tmp}/broken.png", "broken.png"),
     "nothing to resume": ("train --resume --out {tmp}/none", "--resume"),
     "resume what": ("train --resume", "--out"),
-    "resume and overwrite": ("eval --resume --overwrite --out {tmp}", "--overwrite"),
 }
 
 
 @pytest.mark.parametrize("wrong", BAD)
-def test_bad_input_gets_one_line_and_exit_code_2(wrong, bad_files, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_refused_in_one_line(wrong, bad_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command, named = BAD[wrong]
-    assert named in refused(capsys, command.format(tmp=bad_files, root=ROOT))
+    command, named = (text.format(tmp=bad_files, root=ROOT) for text in BAD[wrong])
+    assert named in refused(command)
     assert not (tmp_path / "runs").exists()  # nothing was started
 
 
@@ -489,7 +337,7 @@ def test_help_lists_the_commands_and_the_settings(capsys):
 
 
 @pytest.mark.slow
-def test_train_eval_merge_on_refcocog(refcocog, policy_folder, tmp_path, capsys):
+def test_train_and_eval_on_refcocog(refcocog, policy_folder, tmp_path, capsys):
     data, run_folder = f"refcocog:{refcocog}", tmp_path / "run"
     run(f"train {QUICK} --vlm", policy_folder, "--data", data, "--out", run_folder)
     results = json.loads((run_folder / "eval.json").read_text())
@@ -499,9 +347,6 @@ def test_train_eval_merge_on_refcocog(refcocog, policy_folder, tmp_path, capsys)
     run("eval --vlm", policy_folder, *test, *adapter, "--out", tmp_path / "eval")
     printed = capsys.readouterr().out
     assert "gIoU 75.4, cIoU 73.1" in printed and "in the paper" in printed
-    merge.main(["--adapter", str(run_folder / "adapter"), "--out", str(tmp_path / "merged")])
-    run("eval --vlm", tmp_path / "merged", *test, "--out", tmp_path / "again")
-    assert answers(tmp_path / "eval") == answers(tmp_path / "again")
 
 
 @pytest.mark.slow
@@ -520,7 +365,7 @@ def test_bad_samples_are_skipped_and_counted(refcocog, policy_folder, tmp_path, 
 
 def test_eval_reports_skipped_samples(refcocog, policy_folder, tmp_path, capsys):
     root, out = Path(shutil.copytree(refcocog, tmp_path / "damaged")), tmp_path / "eval"
-    heldout = samr1_mini.load_data(f"refcocog:{root}/test", "heldout")
+    heldout = load_data(f"refcocog:{root}/test", "heldout")
     file_name = heldout.expressions[0].image[0]
     (heldout.folder / file_name).unlink()
     run("eval --vlm", policy_folder, "--data", f"refcocog:{root}/test", "--out", out)
@@ -552,35 +397,25 @@ def test_eval_on_reasonseg_with_an_official_size_sam(policy_folder, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_segment_with_an_official_size_sam(policy_folder, vit_b, tmp_path, capsys):
-    photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
-    noise = np.random.default_rng(0).integers(0, 255, (60, 100, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(photo)
-    flags = ["--vlm", policy_folder, "--sam", f"vit_b:{vit_b}", "--out", out]
-    run("segment --query thing --image", photo, *flags)
-    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert printed["picture"] == str(out) and out.is_file()
-
-
-@pytest.mark.slow
 def test_an_official_checkpoint_gives_the_model_that_the_package_builds(vit_b):
     """Every weight is in its place. test_reward.py shows that the attention is the same."""
-    ours, theirs = load_sam(f"vit_b:{vit_b}"), sam_model_registry["vit_b"](checkpoint=str(vit_b))
-    assert repr(ours).split()[1:] == repr(theirs).split()[1:]  # without "Sam1(" and "Sam("
+    ours = load_sam(f"vit_b:{vit_b}")
+    theirs = sam_model_registry["vit_b"](checkpoint=str(vit_b))
+    assert repr(ours) == repr(theirs)
     pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not any(p.requires_grad for p in ours.parameters())
 
 
 @pytest.mark.slow
-def test_bad_official_checkpoints_get_one_line(vit_b, tmp_path, capsys):
+def test_bad_official_checkpoints_get_one_line(vit_b, tmp_path):
     (tmp_path / "sam_vit_b.pth").write_bytes(vit_b.read_bytes()[:1_000_000])
-    assert "sam_vit_b.pth" in refused(capsys, "eval --sam", f"vit_b:{tmp_path}/sam_vit_b.pth")
-    assert "vit_l" in refused(capsys, "eval --sam", f"vit_l:{vit_b}")
+    assert "sam_vit_b.pth" in refused("eval --sam", f"vit_b:{tmp_path}/sam_vit_b.pth")
+    assert "vit_l" in refused("eval --sam", f"vit_l:{vit_b}")
 
 
 # --------------------------------------------------------------------------------------------------
-# README and benchmarks
+# README
 # --------------------------------------------------------------------------------------------------
 
 
@@ -597,21 +432,3 @@ def test_the_flags_in_the_readme_exist():
     for command, rest in lines:
         fields = samr1_mini.parse_settings(command, []).__dataclass_fields__
         assert set(re.findall(r"--([a-z_]+)", rest)) <= {*fields, "help"}, rest
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_runs_at_toy_size_and_reports_a_missing_gpu(monkeypatch, capsys):
-    from benchmarks import gpu_24gb
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_24gb.py"])
-    gpu_24gb.main()
-    assert "no CUDA device" in capsys.readouterr().out
-    measured = gpu_24gb.run_part("qwen2b", steps=1, toy=True)
-    last = measured["last_step"]
-    assert 0 < last["length"] <= 8 and last["answer_format"] == 1  # the answers are fixed
-    assert measured["first_ratio"] == 1 and measured["decoder_difference"] < 1e-4
-    assert not measured["graph"] and not measured["waits"]
-    result = {"device": "CPU", "torch": "2", "found": "toy", "parts": {"qwen2b": measured}}
-    table = gpu_24gb.markdown(result).splitlines()
-    assert table[-1].startswith("| qwen2b | ") and table[-1].count("|") == table[2].count("|")

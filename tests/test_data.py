@@ -1,6 +1,11 @@
-"""Tests of data.py. The scenes are compared with their pixels, and a second implementation finds
-what each query refers to."""
+"""Tests of the prompt and of the drawn scenes: data.py and plumbing/scenes.py.
 
+The scenes are compared with their pixels, and a second implementation finds what each query refers
+to. RefCOCO and ReasonSeg are in test_photos.py.
+"""
+
+import hashlib
+import json
 import random
 import re
 from itertools import permutations
@@ -8,9 +13,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from data import COLOURS, Shapes, messages
-from plumbing.scenes import KINDS, edge_distance, interior_points, points_inside
+from data import Shapes, messages
+from plumbing.scenes import COLOURS, KINDS, edge_distance, interior_points, points_inside
 
+DIGEST = "b1bcc7c576f6752fa7beb5067eb12ad7795bddb6a123634e982ab48fb0e25064"
 # The promised distances: a share of the image side, and a factor between areas.
 MARGIN, RATIO = 0.06, 1.25
 NAME = "((?:{}) )?(shape|{})".format("|".join(COLOURS), "|".join(KINDS))
@@ -34,25 +40,26 @@ def touch(a, b):
 
 
 def test_item_depends_only_on_split_seed_and_index():
-    random.seed(1)
-    np.random.seed(1)
     first = [Shapes("train", 3)[i] for i in range(20)]
     random.seed(2)
     np.random.seed(2)
+    state = random.getstate()
     again = Shapes("train", 3, size=20)
     for i in reversed(range(20)):  # another object, size, order, and state of the global generators
-        a, b = first[i], again[i]
+        a = first[i]
+        b = again[i]
         assert (a.image.tobytes(), a.query, a.id) == (b.image.tobytes(), b.query, b.id)
         assert (a.mask == b.mask).all()
+    assert random.getstate() == state
 
 
-def test_drawing_does_not_use_the_global_generators():
-    def state():
-        return random.getstate(), np.random.get_state()[1].tolist()
-
-    before = state()
-    Shapes("train")[0]
-    assert state() == before
+def test_scenes_never_change():
+    """The weights in tiny/ and all figures in the texts belong to these scenes."""
+    found = hashlib.sha256()
+    for split in ("train", "heldout", "warmup"):
+        for sample in Shapes(split, size=50):
+            found.update(sample.image.tobytes() + sample.mask.tobytes() + sample.query.encode())
+    assert found.hexdigest() == DIGEST
 
 
 def test_splits_and_seeds_share_no_scene():
@@ -68,6 +75,11 @@ def test_iteration_ends_and_ids_are_unique():
     sets = (Shapes("train", size=5), Shapes("train", 1, 5), Shapes("heldout", size=5))
     items = [item for dataset in sets for item in dataset]
     assert len({item.id for item in items}) == len(items) == 15
+    for i, item in enumerate(items[:5]):
+        image, things, query, target = sets[0].scene(i)
+        assert item.image.tobytes() == image.tobytes() and item.image.mode == "RGB"
+        assert item.query == query and item.ignore is None
+        assert item.mask.dtype == bool and (item.mask == things[target].mask).all()
     for outside in (5, -1):
         with pytest.raises(IndexError):
             Shapes("train", size=5)[outside]
@@ -84,16 +96,7 @@ def test_scenes_vary(scenes):
     assert 0.5 < touching / len(scenes) < 0.9  # most clusters, and some of the other scenes
 
 
-def test_sample_holds_its_scene(scenes):
-    for i, (image, things, query, target) in enumerate(scenes[:30]):
-        sample = Shapes("train")[i]
-        assert sample.image.mode == "RGB" and sample.image.tobytes() == image.tobytes()
-        assert sample.query == query and sample.ignore is None
-        assert sample.mask.dtype == bool and sample.mask.shape == (image.height, image.width)
-        assert (sample.mask == things[target].mask).all()
-
-
-def test_masks_are_the_pixels_of_each_colour(scenes):
+def test_masks_are_the_pixels_of_each_colour_and_boxes_fit_them(scenes):
     palette = np.array(list(COLOURS.values()))
     for image, things, _, _ in scenes[:300]:
         pixels = np.asarray(image, np.int64)
@@ -105,10 +108,6 @@ def test_masks_are_the_pixels_of_each_colour(scenes):
             assert (expected[thing.mask] == -1).all()  # masks do not overlap
             expected[thing.mask] = list(COLOURS).index(thing.colour)
         assert (expected == colours).all()
-
-
-def test_boxes_centres_and_areas_fit_the_masks(scenes):
-    for _, things, _, _ in scenes[:300]:
         for thing in things:
             x1, y1, x2, y2 = extent(thing.mask)
             assert thing.box == (x1, y1, x2 + 1, y2 + 1)
@@ -182,13 +181,6 @@ def test_interior_points_of_odd_masks():
     assert points_inside(interior_points(mask), mask) == 1
     mask[20:180, 40:260] = True  # of the size of a photograph
     assert points_inside(interior_points(mask), mask) == 1
-
-
-def test_edge_distance():
-    mask = np.zeros((7, 9), bool)
-    mask[:, 2:9] = True  # it reaches three edges of the image, which count as its edges
-    assert edge_distance(mask, 4)[3].tolist() == [0, 0, 1, 2, 3, 4, 3, 2, 1]
-    assert edge_distance(mask, 2).max() == 2
 
 
 def test_edge_distance_is_the_sum_of_opencvs_erosions(scenes):
@@ -265,30 +257,31 @@ def test_every_query_refers_to_its_target_only(shapes, least):
 
 
 def test_full_messages_explain_the_task():
-    system, user = messages("what keeps the rain off", "full", "pixels", 840)
+    system, user = messages("what keeps the {rain} off", "full", "pixels", 840)
     assert (system["role"], user["role"]) == ("system", "user")
     image, text = user["content"]
     assert image == {"type": "image"} and text["type"] == "text"
-    assert "what keeps the rain off" in text["text"]
+    assert "what keeps the {rain} off" in text["text"]  # braces of a query are kept
     assert "in pixels of the 840 x 840 image" in text["text"]
     # Its example has the format that is rewarded, and no braces of the template are left.
     keys = r'\{"bbox": \[.+\], "points_1": \[.+\], "points_2": \[.+\]\}'
     assert re.search(f"<think>.+</think><answer>{keys}</answer>", text["text"])
     assert "{{" not in text["text"] and "{query}" not in text["text"]
+    thousandths = messages("it", "full", "thousandths", 840)[1]["content"][1]["text"]
+    assert "thousandths" in thousandths and "1000" in thousandths
+    assert "840" not in thousandths and "pixels" not in thousandths
 
 
-def test_messages_name_the_units_of_the_model():
-    text = messages("it", "full", "thousandths", 840)[1]["content"][1]["text"]
-    assert "thousandths" in text and "1000" in text
-    assert "840" not in text and "pixels" not in text
-
-
-def test_brief_messages_hold_only_the_query():
+def test_the_brief_prompt_and_the_answer_in_its_docstring():
     content = [{"type": "image"}, {"type": "text", "text": "find the red star"}]
     expected = [{"role": "user", "content": content}]
     assert messages("the red star", "brief", "pixels", 64) == expected
-
-
-def test_braces_in_a_query_are_kept():
-    text = messages("{side} {0} %s", "full", "pixels", 64)[1]["content"][1]["text"]
-    assert "{side} {0} %s" in text
+    answer = re.search(r"<answer>(.+)</answer>", messages.__doc__.replace("\n", ""))
+    answer = json.loads(answer[1])
+    sample = Shapes("heldout")[4]
+    scale = np.array(sample.image.size) / 64
+    x1, y1, x2, y2 = extent(sample.mask)
+    box = np.array(answer["bbox"]).reshape(2, 2) * scale
+    assert np.abs(box - [[x1, y1], [x2 + 1, y2 + 1]]).max() <= scale.max() / 2
+    points = [tuple(scale * answer[key]) for key in ("points_1", "points_2")]
+    assert points_inside(points, sample.mask) == 1

@@ -491,7 +491,7 @@ def encode(mask):
     return coco.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
-@pytest.mark.exercise_2
+@pytest.mark.exercise_3
 def test_masks_equal_those_of_sam_predictor(scenes, mixed, predicted, scorer):
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     for b, sample in enumerate(scenes):
@@ -511,7 +511,7 @@ def test_masks_equal_those_of_sam_predictor(scenes, mixed, predicted, scorer):
     assert overlap.iou.max() > 0.5  # so the masks are not arbitrary
 
 
-@pytest.mark.exercise_2  # exercise 3 is solved before, so this test is none of its own
+@pytest.mark.exercise_3
 def test_iou_equals_that_of_pycocotools(scenes, mixed, scorer):
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     for b, sample in enumerate(scenes):
@@ -534,7 +534,7 @@ def test_cropping_the_padding_first_does_not_change_the_masks(size):
     assert torch.allclose(upsample_masks(logits, 1024, input_size, size), expected, atol=1e-4)
 
 
-@pytest.mark.exercise_2
+@pytest.mark.exercise_3
 def test_decoding_together_equals_decoding_one_by_one(sam):
     torch.manual_seed(0)
     embeddings, image_index = torch.randn(3, 64, 16, 16), torch.tensor([2, 0, 0, 1, 2])
@@ -554,7 +554,7 @@ def test_decoding_together_equals_decoding_one_by_one(sam):
             assert torch.allclose(rating[n], expected[1][0], atol=1e-4)
 
 
-@pytest.mark.exercise_2
+@pytest.mark.exercise_3
 def test_batch_sizes_do_not_change_the_masks(scenes, mixed, sam, scorer):
     whole = scorer.score(scenes, mixed, keep_masks=True)
     small = SamScorer(sam, encoder_batch=2)
@@ -590,7 +590,7 @@ def test_single_mask_output_is_never_chosen(scenes, mixed, sam, scorer):
     assert torch.equal(found, scorer.score(scenes, mixed).iou)
 
 
-@pytest.mark.exercise_2
+@pytest.mark.exercise_3
 def test_each_image_is_encoded_once_and_each_sort_of_prompt_decoded_in_one_call(
     scenes, mixed, scorer, monkeypatch
 ):
@@ -645,7 +645,7 @@ def score_masks(scorer, monkeypatch):
     return score_masks
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_2
 @pytest.mark.parametrize("shape", [(5, 7), (33, 1), (1, 200)])
 def test_pixels_are_counted_as_in_pycocotools(shape):
     generator = torch.Generator().manual_seed(0)
@@ -662,7 +662,7 @@ def test_pixels_are_counted_as_in_pycocotools(shape):
             assert union[g] == coco.area(coco.merge(pair))
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_2
 def test_large_masks_are_counted_exactly_and_the_arguments_are_unchanged():
     masks = torch.ones(2, 301, 301, dtype=torch.bool)
     truth, one_pixel = masks[0].clone(), torch.zeros_like(masks[0])
@@ -674,14 +674,14 @@ def test_large_masks_are_counted_exactly_and_the_arguments_are_unchanged():
     assert unchanged, "the arguments must not be changed in place"
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_2
 def test_iou_is_a_quotient_and_one_for_two_empty_masks():
     counts = torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([[4.0, 2.0], [5.0, 0.0]])
     overlap = Overlap(*counts, torch.ones(2, 2, dtype=torch.bool), None)
     assert overlap.iou.tolist() == [[0.75, 0], [1, 1]]
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_2
 def test_ignored_pixels_count_neither_as_right_nor_as_wrong(score_masks):
     truth, ignore = [[1, 1, 1, 0], [0, 0, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1]]
     masks = [
@@ -698,7 +698,7 @@ def test_ignored_pixels_count_neither_as_right_nor_as_wrong(score_masks):
     assert overlap.iou.tolist() == [pytest.approx([1 / 3, 2 / 4, 3 / 5, 1 / 5])]
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_2
 def test_empty_union_gives_one(score_masks):
     empty, wrong = [[0, 0], [0, 0]], [[1, 0], [0, 0]]
     assert score_masks(empty, None, [empty, wrong]).iou.tolist() == [[1, 0]]

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import Sample, Shapes, Thing
+from data import Sample, Shapes
 from plumbing.sam import SAM_SIZES, build_sam, decode_masks, load_sam, sam_input
-from plumbing.scenes import interior_points
+from plumbing.scenes import Thing, interior_points
 from reward import SamPrompt, SamScorer
 
 # SAM's lessons

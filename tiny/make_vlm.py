@@ -19,9 +19,9 @@ from transformers import (
 )
 
 import samr1_mini
-from data import Shapes, Thing, messages
+from data import Shapes, messages
 from plumbing.sam import load_sam
-from plumbing.scenes import COLOURS, KINDS, interior_points
+from plumbing.scenes import COLOURS, KINDS, Thing, interior_points
 from plumbing.vlm import load_vlm
 from reward import SamScorer, score_completions
 from tiny.make_sam import middle_points, optimisers, schedule
