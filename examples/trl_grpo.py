@@ -7,13 +7,8 @@
     python samr1_mini.py eval --adapter RUN/adapter
 
 samr1_mini.py trains on one device. TRL adds accelerate, and so several GPUs. Presets and flags are
-those of `samr1_mini.py train`, without the few that accelerate and TRL decide (LEFT_OUT, below).
-All processes together complete --prompts_per_step prompts in a step. Each has its own copy of the
-policy and of SAM, on its own GPU.
-
-TRL gets a data set of indices. A process reads a sample when a batch asks for it, and the reward
-looks it up by its index. So no image and no mask is copied in advance. A sample that cannot be used
-is reported, counted and replaced by the next one, as in samr1_mini.py.
+those of `samr1_mini.py train`, without --device, --eval_samples and --dtype 4bit. All processes
+together complete --prompts_per_step prompts in a step. Each has its own copy of policy and SAM.
 
 A run has the files of README's table, without evaluation and pictures of samples. TRL's own files
 are in RUN/checkpoint; checkpoint/completions holds every completion with its reward and advantage.
@@ -31,8 +26,6 @@ Tried: TRL 1.16 with accelerate 1.15, in one and in two processes on a CPU. Not 
 DeepSpeed, vLLM, several machines.
 """
 
-import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -41,6 +34,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -48,16 +42,13 @@ from transformers.trainer_utils import get_last_checkpoint
 import samr1_mini
 from data import Sample, messages
 from plumbing import pictures, runs
-from plumbing.command_line import exit_on_error, parse
-from plumbing.photos import load_data
-from plumbing.sam import load_sam
-from plumbing.settings import MAY_CHANGE, PRESET_VALUES, Settings, problem
+from plumbing.errors import UserError, exit_with_one_line
+from plumbing.settings import Settings, parse
+from plumbing.sources import load_data
 from plumbing.vlm import Policy, load_vlm
 from reward import SamScorer, score_completions
 
-# Settings of `train` that do not apply here.
-LEFT_OUT = ("device", "load_in_4bit", "rollout_prompts", "eval_samples")
-# TRL's names of what metrics.jsonl holds, and ours. The reward logs the names of the first line;
+# Our names of what metrics.jsonl holds, by TRL's. The reward logs the names of the first line;
 # `skipped` is a mean over the processes.
 METRICS = {
     **{name: name for name in ("iou", "accuracy", "think_format", "answer_format", "skipped")},
@@ -71,31 +62,28 @@ METRICS = {
 }
 
 
-def parse_settings(argv: list[str]):
-    """The settings of `train`, without LEFT_OUT. Bad values exit with code 2 and one line."""
-    groups = []
-    for group in Settings.__bases__:
-        fields = [
-            (one.name, one.type, dataclasses.field(default=one.default, metadata=one.metadata))
-            for one in dataclasses.fields(group)
-            if one.name not in LEFT_OUT
-        ]
-        title = {"_argument_group_name": group._argument_group_name}
-        groups.append(dataclasses.make_dataclass(group.__name__, fields, namespace=title))
-    cls = dataclasses.make_dataclass("TrlSettings", [], bases=tuple(groups))
-    about = "Train with SAM's reward in TRL's GRPOTrainer."
-    program = "python -m examples.trl_grpo"
-    return parse(cls, argv, program, about, PRESET_VALUES, MAY_CHANGE, problem)
+def parse_settings(argv: list[str]) -> Settings:
+    """The settings of `train`. Raises UserError if one is given that has no effect here."""
+    given = {argument.partition("=")[0] for argument in argv}
+    if given & {"--device", "--eval_samples"}:
+        raise UserError("--device, --eval_samples: accelerate chooses, and nothing is evaluated")
+    s = parse(Settings, argv, program="python -m examples.trl_grpo")
+    if s.dtype == "4bit":
+        raise UserError("--dtype 4bit: not here: use samr1_mini.py train")
+    return s
 
 
 class Samples:
     """The samples of a data set by index, and TRL's rows made from them.
 
-    The last ones are kept: TRL asks for each sample once per completion, and so does the reward.
+    TRL gets a data set of indices. A sample is read when a batch or the reward asks for its index,
+    and the last ones are kept: TRL asks for each sample once per completion. A sample that cannot
+    be used is reported, counted and replaced by the next one, as in samr1_mini.py.
     """
 
     def __init__(self, dataset, policy: Policy, keep: int):
-        self.dataset, self.policy = dataset, policy
+        self.dataset = dataset
+        self.policy = policy
         self.skipped = 0  # samples that could not be used
         self.read = lru_cache(keep)(self._read)
 
@@ -106,7 +94,8 @@ class Samples:
 
     def rows(self, batch: list[dict]) -> list[dict]:
         """Rows with an index, and the prompt and the resized image that TRL gives to the policy."""
-        found, policy = [], self.policy
+        policy = self.policy
+        found = []
         for row in batch:
             sample = self.read(row["index"])
             chat = messages(sample.query, policy.prompt, policy.coordinates, policy.side)
@@ -118,33 +107,35 @@ class Samples:
 def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
     """`reward.score_completions` in the form that TRL's trainers call.
 
-    Returns a function that takes N completions (texts, or conversations that end with one) and
-    their column `index`, and returns N rewards. A process gets a part of the global batch: its
-    groups may be incomplete, and are scored together all the same. Each image is encoded once.
+    Returns a function that takes N completions (conversations that end with one) and their column
+    `index`, and returns N rewards. A process gets a part of the global batch: its groups may be
+    incomplete, and are scored together all the same. Each image is encoded once.
     """
 
     def sam_reward(completions, index, log_metric=None, log_extra=None, **_) -> list[float]:
-        texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
-        texts = [samples.policy.opening + text for text in texts]
-        groups: dict[int, list[int]] = {}  # index of a sample: the numbers of its completions
-        for k, number in enumerate(index):
-            groups.setdefault(number, []).append(k)
-        # Groups may differ in size. Empty texts fill up the smaller ones: SAM skips them.
-        G = max(map(len, groups.values()))
-        rows = [[texts[k] for k in group] + [""] * (G - len(group)) for group in groups.values()]
-        batch = [samples.read(number) for number in groups]
         policy = samples.policy
-        options = (policy.frame, accuracy)
-        scores = score_completions(scorer, batch, rows, *options, style=policy.prompt)
-        order = torch.tensor(sum(groups.values(), [])).argsort()
-        real = torch.tensor([[g < len(group) for g in range(G)] for group in groups.values()])
+        distinct = list(dict.fromkeys(index))  # B samples
+        rows = [distinct.index(number) for number in index]
+        columns = [rows[:k].count(row) for k, row in enumerate(rows)]
+        # Groups may differ in size. Empty texts fill up the smaller ones: SAM skips them.
+        texts = [[""] * (max(columns) + 1) for _ in distinct]
+        for row, column, completion in zip(rows, columns, completions, strict=True):
+            texts[row][column] = policy.opening + completion[-1]["content"]
+        scores = score_completions(
+            scorer,
+            [samples.read(number) for number in distinct],
+            texts,
+            extent=policy.extent,
+            accuracy=accuracy,
+            style=policy.prompt,
+        )  # (B, G)
 
         def values(name: str) -> list[float]:
-            return getattr(scores, name)[real][order].tolist()
+            return getattr(scores, name)[rows, columns].tolist()
 
         if log_metric:
             for name in ("iou", "accuracy", "think_format", "answer_format"):
-                log_metric(name, sum(values(name)) / len(texts))
+                log_metric(name, sum(values(name)) / len(index))
             log_metric("skipped", float(samples.skipped))
             samples.skipped = 0
         if log_extra:
@@ -159,7 +150,8 @@ class MetricsFile(TrainerCallback):
     """Writes metrics.jsonl, one line for each step, with the names that samr1_mini.py uses."""
 
     def __init__(self, file: Path, updates: int):
-        self.file, self.updates = file, updates
+        self.file = file
+        self.updates = updates
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if state.is_world_process_zero and "reward" in logs:
@@ -167,22 +159,21 @@ class MetricsFile(TrainerCallback):
             runs.append_line(self.file, {"step": state.global_step // self.updates} | row)
 
 
-def trl_arguments(s, out: Path, policy: Policy, processes: int) -> dict:
-    """The arguments of GRPOConfig that follow from our settings.
+def trl_arguments(s: Settings, policy: Policy, processes: int) -> dict:
+    """The arguments of GRPOConfig, without its folder. Raises UserError.
 
     A step of ours is one generation of TRL's, with epochs x minibatches updates.
     """
-    G, updates = s.group_size, s.epochs * s.minibatches
+    G = s.group_size
+    updates = s.epochs * s.minibatches
     share, rest = divmod(s.prompts_per_step * G, s.minibatches * processes)
     if rest:
-        raise ValueError(
-            f"{processes} processes x {s.minibatches} mini-batches cannot share the "
-            f"{s.prompts_per_step} x {G} completions of a step: use a multiple"
+        raise UserError(
+            f"--prompts_per_step: {processes} processes x {s.minibatches} mini-batches cannot "
+            f"share {s.prompts_per_step} x {G} completions: use a multiple"
         )
     rows = math.gcd(share, G) if s.save_memory else share  # of completions in a pass
-    banned = policy.banned.tolist()
     return dict(
-        output_dir=str(out / "checkpoint"),
         seed=s.seed,
         max_steps=s.steps * updates,
         per_device_train_batch_size=rows,
@@ -192,14 +183,13 @@ def trl_arguments(s, out: Path, policy: Policy, processes: int) -> dict:
         num_generations=G,
         max_completion_length=s.max_new_tokens,
         temperature=s.temperature,
-        top_p=s.top_p,
-        generation_kwargs={"suppress_tokens": banned},
+        generation_kwargs={"suppress_tokens": policy.banned.tolist()},
         loss_type={"token": "dapo", "sequence": "grpo"}[s.normalise],
-        epsilon=s.eps_low,
+        epsilon=0.2,
         epsilon_high=s.eps_high,
         beta=s.beta,
         learning_rate=s.lr,
-        lr_scheduler_type=s.lr_decay if s.lr_decay == "linear" else "constant_with_warmup",
+        lr_scheduler_type="linear",
         warmup_steps=samr1_mini.WARMUP * updates,
         adam_beta2=0.95,
         weight_decay=0.0,
@@ -218,70 +208,77 @@ def trl_arguments(s, out: Path, policy: Policy, processes: int) -> dict:
     )
 
 
-def open_run(s, out: Path) -> str | None:
-    """Prepare the folder of the run. Returns the checkpoint to continue from, or None."""
-    checkpoint, steps = None, 0
-    if s.resume:
-        folder = out / "checkpoint"
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        if checkpoint is None:
-            raise ValueError("no checkpoint was saved there yet: start again with --overwrite")
-        steps = int(checkpoint.rpartition("-")[2]) // (s.epochs * s.minibatches)
-    if PartialState().is_main_process:
-        runs.open_run(out, "trl", s.resume, s.overwrite, [s.vlm, s.sam, s.data])
+def open_run(s: Settings, process: PartialState) -> tuple[Path, str | None, int]:
+    """The folder of the run, the checkpoint to continue from or None, and its steps.
+
+    The main process chooses the folder and prepares it.
+    """
+    out = [None]
+    if process.is_main_process:
+        out = [runs.open_run(s, f"runs/trl-{samr1_mini.run_name(s)}-{s.seed}")]
+    (out,) = broadcast_object_list(out)
+    folder = out / "checkpoint"
+    checkpoint = get_last_checkpoint(folder) if s.resume and folder.is_dir() else None
+    if s.resume and checkpoint is None:
+        raise UserError(f"--resume: {out} has no checkpoint yet: start another run")
+    updates = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    steps = updates // (s.epochs * s.minibatches)
+    if process.is_main_process:
         runs.start_metrics(out, s, steps)
-    return checkpoint
+    return out, checkpoint, steps
 
 
-def train(s) -> Path:
+def train(s: Settings) -> Path:
     """Train with TRL. Returns the folder of the run."""
     try:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
-        print(f"trl_grpo.py: {error}: pip install trl", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise UserError(f"{error}: pip install trl") from error
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     process = PartialState(cpu=not gpu)  # knows its device and the number of processes
-    out = Path(s.out or f"runs/trl-{samr1_mini.run_name(s)}-{s.seed}")
-    with exit_on_error(f"--data {s.data}"):
-        dataset = load_data(s.data, "train", s.data_seed, s.train_samples)
-    with exit_on_error(f"--sam {s.sam}"):
-        sam = load_sam(s.sam)
-    policy = load_vlm(s.vlm, str(process.device), s.side, s.prompt, dtype=s.dtype)
-    with exit_on_error("--prompts_per_step"):
-        arguments = trl_arguments(s, out, policy, process.num_processes)
-    with exit_on_error(f"--out {out}"):
-        checkpoint = open_run(s, out)
-    encoder_batch = 8 if s.sam == "tiny" else 1  # images
-    scorer = SamScorer(sam, policy.device, encoder_batch, offload=s.save_memory >= 3)
+    dataset = load_data(s.data, "train", s.train_samples)
+    policy = load_vlm(s.vlm, str(process.device), side=s.side, prompt=s.prompt, dtype=s.dtype)
+    scorer = samr1_mini.load_scorer(s, policy.device)
+    arguments = trl_arguments(s, policy, process.num_processes)
+    out, checkpoint, done = open_run(s, process)
+    if checkpoint and done >= s.steps:  # TRL would train on
+        return out
     samples = Samples(dataset, policy, keep=2 * s.prompts_per_step)  # accelerate reads ahead
-    lora = dict(r=s.lora_rank, lora_alpha=2 * s.lora_rank, task_type="CAUSAL_LM")
     trainer = GRPOTrainer(
         model=policy.model,
         processing_class=policy.processor,
         reward_funcs=trl_reward(scorer, samples, s.accuracy),
         train_dataset=Dataset.from_dict({"index": range(len(dataset))}),
-        peft_config=LoraConfig(target_modules=samr1_mini.LORA_TARGETS, **lora),
-        args=GRPOConfig(**arguments),
+        peft_config=LoraConfig(
+            r=s.lora_rank,
+            lora_alpha=2 * s.lora_rank,
+            target_modules=samr1_mini.LORA_TARGETS,
+            task_type="CAUSAL_LM",
+        ),
+        args=GRPOConfig(output_dir=str(out / "checkpoint"), **arguments),
         callbacks=[MetricsFile(out / "metrics.jsonl", s.epochs * s.minibatches)],
     )
     trainer.data_collator = samples.rows  # TRL's own returns the rows of the data set as they are
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if s.steps:  # for zero steps TRL would train for epochs
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(out / "adapter"))
     return out
 
 
-def main(argv: list[str] | None = None) -> None:
-    out = train(parse_settings(sys.argv[1:] if argv is None else argv))
-    if PartialState().is_main_process:
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
+def main(argv: list[str]) -> None:
+    out = train(parse_settings(argv))
+    if not PartialState().is_main_process:
+        return
+    metrics = runs.read_rows(out / "metrics.jsonl", {"step"})
+    if metrics:
         runs.save_figure(pictures.curves(metrics), out / "curves.png")
-        first, last = (metrics[k]["reward"] for k in (0, -1))
+        first = metrics[0]["reward"]
+        last = metrics[-1]["reward"]
         print(f"mean reward (of 6): {first:.2f} -> {last:.2f} (first and last step)")
-        print(f"evaluate it: python samr1_mini.py eval --adapter {out}/adapter")
+    print(f"evaluate it: python samr1_mini.py eval --adapter {out}/adapter")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])

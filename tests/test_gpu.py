@@ -24,7 +24,6 @@ import samr1_mini
 from data import Shapes
 from grpo import Completions, group_logprobs, rollout
 from plumbing import devices, runs
-from plumbing.memory import expected_memory
 from plumbing.sam import grid_positions, load_sam
 from plumbing.settings import parse_settings
 from plumbing.vlm import load_vlm, vlm_path
@@ -418,27 +417,3 @@ def test_each_level_of_save_memory_adds_one_saving():
     assert sizes == [[4], [1] * 4, [1] * 4, [1] * 4]
     with pytest.raises(SystemExit):
         parse_settings("train", ["--save_memory", "4"])
-
-
-# Peaks of torch's caching allocator in GiB: real code at true sizes on a stubbed CUDA runtime, no
-# kernel ran. Second of two steps of `python -m benchmarks.gpu_24gb`.
-PEAKS = {
-    "qwen2b": dict(rollout=8.56, reward=5.53, update=6.18),
-    "qwen3b": dict(rollout=11.88, reward=10.96, update=10.20),
-    "qwen3b-4bit": dict(rollout=7.93, reward=7.00, update=6.22),
-    "qwen7b": dict(rollout=19.68, reward=19.60, update=20.10),
-    "qwen7b-4bit": dict(rollout=10.65, reward=10.58, update=11.04),
-}
-
-
-def peaks(part: str) -> dict[str, float]:
-    preset, _, four_bit = part.partition("-")
-    s = parse_settings("train", ["--preset", preset, *["--load_in_4bit"] * bool(four_bit)])
-    phases = expected_memory(s, s.vlm, samr1_mini.LORA_TARGETS).items()
-    return {phase: sum(size for size, _ in parts.values()) / 2**30 for phase, parts in phases}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", list(PEAKS))
-def test_expected_memory_agrees_with_torchs_allocator(part):
-    assert peaks(part) == pytest.approx(PEAKS[part], rel=0.05)

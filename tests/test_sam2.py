@@ -22,11 +22,9 @@ from transformers import (
 import samr1_mini
 from data import Sample, Shapes
 from plumbing import runs
-from plumbing.memory import HIERA_LARGE, sam_sizes
 from plumbing.sam import load_sam
 from plumbing.vlm import vlm_path
 from reward import SamPrompt, SamScorer, score_completions
-from tools import memory
 
 SIDE = 128  # of the square that the encoder sees, pixels
 SIZES = ((96, 96), (150, 60), (40, 110), (128, 128))  # W, H of the images; the last needs no resize
@@ -378,49 +376,6 @@ def test_a_missing_model_gets_one_line_that_names_the_flag(capsys, monkeypatch, 
         assert stopped.value.code == 2 and error.count("\n") == 1
         if command != "segment":  # that needs --image first
             assert "--sam sam2:" in error and "facebook/sam2-hiera-large" in error
-
-
-# --------------------------------------------------------------------------------------------------
-# The estimate of memory
-# --------------------------------------------------------------------------------------------------
-
-
-def test_sizes_of_a_folder_are_those_of_the_loaded_model(folder, sam2, scorer2, photos):
-    sizes = sam_sizes(f"sam2:{folder}")
-    assert sizes.weights == sum(weight.numel() for weight in sam2.parameters())
-    levels, _ = scorer2.encode([photos[0].image])
-    assert levels[-1].shape == (1, sizes.width, sizes.grid, sizes.grid)
-    assert sizes.level == max(level.nbytes for level in levels)
-
-
-def test_sizes_of_sam2_large_are_the_published_ones():
-    """The hub's file of weights has 898 MB. It is that of the model for videos."""
-    channels = HIERA_LARGE["embed_dim_per_stage"][::-1]
-    backbone = dict(model_type="sam2_hiera_det_model", **HIERA_LARGE)
-    vision = dict(backbone_config=backbone, backbone_channel_list=channels)
-    with torch.device("meta"):
-        video = Sam2VideoModel(Sam2VideoConfig(vision_config=vision))
-    weights = dict(video.named_parameters())
-    assert sum(weight.nbytes for weight in weights.values()) == pytest.approx(898e6, rel=1e-3)
-    memories = ("memory_", "mask_downsample", "object_pointer_proj", "temporal_", "occlusion_")
-    memories += ("no_memory_pos", "no_object_pointer")
-    image = [weight.numel() for name, weight in weights.items() if not name.startswith(memories)]
-    assert sam_sizes("sam2:facebook/sam2-hiera-large").weights == sum(image)
-
-
-def test_the_estimate_with_sam2_is_printed_without_a_download(folder, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    memory.main(["--preset", "qwen3b", "--sam", "sam2:facebook/sam2.1-hiera-large"])
-    printed = capsys.readouterr().out
-    assert "217e6 weights x 4 bytes" in printed
-    assert "8 prompts x 15 maps of 256 x 64 x 64 x 4 bytes" in printed
-    memory.main(["--sam", f"sam2:{folder}"])
-    assert "64 prompts x 15 maps of 16 x 8 x 8 x 4 bytes" in capsys.readouterr().out
-    for name in ("", "/no/such/folder", "no-one/no-such-model", vlm_path("tiny")):
-        with pytest.raises(SystemExit) as stopped:
-            memory.main(["--sam", f"sam2:{name}"])
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and error.count("\n") == 1 and "--sam sam2:" in error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,11 +23,9 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 import samr1_mini
 from data import Shapes
 from plumbing import runs
-from plumbing.memory import expected_memory
 from plumbing.scenes import interior_points
 from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt
-from tools import memory
 
 ROOT = Path(samr1_mini.__file__).parent
 SMALL = "--eval_samples 8 --prompts_per_step 4 --group_size 4"
@@ -593,44 +591,6 @@ def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
             "full passes": 1 + 4 * 3,  # prefill; reference, old and two epochs, prompt by prompt
             "tokens in full passes": prompts.ids.numel() + 4 * (prompt_tokens + tokens),
         }
-
-
-# --------------------------------------------------------------------------------------------------
-# The estimate of memory
-# --------------------------------------------------------------------------------------------------
-
-
-def expected_parts(*flags: str) -> dict:
-    s = samr1_mini.parse_settings("train", list(flags))
-    return expected_memory(s, vlm_path(s.vlm), samr1_mini.LORA_TARGETS)
-
-
-@pytest.mark.slow
-def test_expected_memory_adds_up_and_downloads_nothing(capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    memory.main(["--preset", "qwen3b"])
-    printed = capsys.readouterr().out
-    assert "3.75e9 weights x 2 bytes" in printed  # the published size, vision tower included
-    assert "expected peak: 12." in printed
-    parts = expected_parts("--preset", "qwen7b")
-    weights, _ = parts["update"]["policy weights"]
-    assert weights == pytest.approx(8.29e9 * 2, rel=0.01)
-    sums = [sum(size for size, _ in phase.values()) for phase in parts.values()]
-    assert max(sums) < 24 * 2**30
-
-
-def test_the_expected_adapter_is_the_adapter_of_a_run(whole_run):
-    expected, _ = expected_parts()["update"]["adapter"]
-    assert expected == 16 * sum(weight.numel() for weight in state(whole_run)["adapter"].values())
-
-
-def test_memory_of_bad_flags_gets_one_line(capsys, tmp_path):
-    names = [["--steps", "0.5"], ["--vlm", str(tmp_path / "none")], ["--sam", "vit_x:file.pth"]]
-    for flags in names:
-        with pytest.raises(SystemExit) as stopped:
-            memory.main(flags)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and error.count("\n") == 1 and flags[0] in error
 
 
 def test_docstring_examples():

@@ -2,42 +2,216 @@
 
     python -m tools.memory --preset qwen3b [any flag of samr1_mini.py train]
 
-The estimate is computed from the sizes of the models. It downloads no weights and needs no GPU.
-`python -m benchmarks.gpu_24gb` measures.
+The estimate is computed from the sizes of the models. They are built on torch's meta device, where
+tensors have shapes but no data, so it downloads no weights and needs no GPU. Allocators round up
+and kernels need workspace, which is not counted. `python -m benchmarks.gpu_24gb` measures.
 """
 
+import re
 import sys
 
-from plumbing.command_line import exit_on_error
-from plumbing.memory import Parts, expected_memory, sam_sizes
-from plumbing.settings import parse_settings
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+    Sam2Model,
+)
+
+from grpo import LOGITS_AT_ONCE
+from plumbing.errors import UserError, exit_with_one_line, reason_of
+from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
+from plumbing.sam2 import sam2_config
+from plumbing.settings import parse_settings, rollout_prompts
 from plumbing.vlm import vlm_path
+from reward import DECODER_BYTES
 from samr1_mini import LORA_TARGETS
 
+Parts = dict[str, tuple[int, str]]  # name of a part: its bytes, and how they are computed
 
-def print_memory(expected: dict[str, Parts]) -> None:
+# NF4 with double quantisation: half a byte, a byte for a block of 64, 4 bytes for 256 blocks.
+BYTES_4BIT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+
+# What the published config.json of the presets' models has in place of the defaults of its class.
+# The sizes of Qwen3-VL-2B are also those of torchtitan's model "2B" in models/qwen3_vl.
+SIZES = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    vocab_size tie_word_embeddings""".split()
+PUBLISHED = {
+    "Qwen/Qwen3-VL-2B-Instruct": (2048, 6144, 28, 16, 8, 151936, True),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (2048, 11008, 36, 16, 2, 151936, True),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def published_config(vlm: str) -> PretrainedConfig:
+    """The config of a VLM, without its weights: for the presets' models without a download.
+
+    For any other name or folder it is read from config.json. Raises UserError.
+    """
+    if vlm not in PUBLISHED:
+        try:
+            return AutoConfig.from_pretrained(vlm)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--vlm {vlm}: it has no config ({reason_of(error)})") from error
+    text = dict(zip(SIZES, PUBLISHED[vlm], strict=True))
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    config = Qwen2_5_VLConfig
+    vision = dict(hidden_size=1280)
+    if "Qwen3" in vlm:
+        rope |= {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+        config = Qwen3VLConfig
+        vision = dict(depth=24, hidden_size=1024, intermediate_size=4096)
+        vision |= dict(deepstack_visual_indexes=[5, 11, 17])
+    return config(
+        text_config=text | dict(rope_parameters=rope),
+        vision_config=vision | dict(out_hidden_size=text["hidden_size"]),
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def expected_memory(s) -> dict[str, Parts]:
+    """Expected GPU memory of a training step, in bytes, by phase and part.
+
+    --dtype auto counts as bfloat16. s: `plumbing.settings.Settings`. Raises UserError.
+    """
+    config = published_config(vlm_path(s.vlm))
+    text, vision = config.text_config, config.vision_config
+    image_tokens = (s.side // (vision.patch_size * vision.spatial_merge_size)) ** 2
+    P = image_tokens + (250 if s.prompt == "full" else 20)  # about so many text tokens
+    width = 4 if s.dtype == "float32" else 2  # bytes of a number of the policy
+    policy = policy_parts(s, config, width)
+    sam = sam_parts(s)
+    weights = policy if s.save_memory >= 3 else policy | {"SAM weights": sam["SAM weights"]}
+    return {
+        "rollout": weights | rollout_parts(s, text, P, width),
+        "reward": policy | sam,
+        "update": weights | update_parts(s, text, P, width),
+    }
+
+
+def policy_parts(s, config: PretrainedConfig, width: int) -> Parts:
+    """Memory of the policy's weights, `width` bytes each, and of the adapter's training."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    # The layers with an adapter are those that `plumbing.four_bit` quantises.
+    linears = [m for name, m in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    matrices = [m.weight.numel() for m in linears] if s.dtype == "4bit" else []
+    weights = sum(p.numel() for p in model.parameters()) - sum(matrices)
+    adapter = s.lora_rank * sum(m.in_features + m.out_features for m in linears)
+    parts = {
+        "policy weights": (weights * width, f"{weights / 1e9:.2f}e9 weights x {width} bytes"),
+        "adapter": (
+            adapter * 16,
+            f"{adapter / 1e6:.1f}e6 weights x 16 bytes: weight, gradient, two moments of AdamW, "
+            "float32",
+        ),
+    }
+    if matrices:
+        parts["policy weights, 4 bit"] = (
+            int(sum(matrices) * BYTES_4BIT),
+            f"{sum(matrices) / 1e9:.2f}e9 x {BYTES_4BIT:.3f} bytes: 4 bit, and scales of blocks",
+        )
+        largest = max(matrices)
+        why = f"{largest / 1e6:.0f}e6 x {width} bytes"
+        parts["one matrix converted"] = (largest * width, why)
+    return parts
+
+
+def rollout_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
+    """Memory of sampling: prompts of P tokens, `width` bytes a number."""
+    prompts = min(rollout_prompts(s), s.prompts_per_step)
+    rows = prompts * s.group_size
+    length = -(-(P + s.max_new_tokens) // 16) * 16  # the cache's length is a multiple of 16
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers, heads = text.num_hidden_layers, text.num_key_value_heads
+    token = layers * 2 * heads * head * width  # bytes of keys and values
+    why = f"{layers} layers x 2 x {heads} heads x {head} x {width} bytes"
+    return {
+        "keys and values": (rows * length * token, f"{rows} rows x {length} tokens x {why}"),
+        "keys of the prompts": (
+            prompts * P * token,
+            f"{prompts} x {P} tokens, while they are copied to the completions' rows",
+        ),
+        "logits": (
+            rows * text.vocab_size * 14,
+            f"{rows} rows x {text.vocab_size} x (2 + 3 x 4) bytes: logits, 3 tensors of sampling",
+        ),
+    }
+
+
+def sam_parts(s) -> Parts:
+    """Memory of SAM's weights and of its mask decoder. Raises UserError.
+
+    SAM 1 is built without a download. Of a SAM 2, config.json is read.
+    """
+    size, _, name = s.sam.partition(":")
+    if size != "sam2" and size not in SAM_SIZES:
+        raise UserError(f"--sam {s.sam}: there is no such SAM: use {KNOWN_SAMS}")
+    config = sam2_config(name) if size == "sam2" else None
+    with torch.device("meta"):
+        sam = Sam2Model(config) if config else build_sam(**SAM_SIZES[size])
+    weights = sum(p.numel() for p in sam.parameters())
+    width = sam.prompt_encoder.no_mask_embed.weight.shape[1]
+    grid = sam.prompt_encoder.image_embedding_size[0]
+    # SAM 2 has a level of embeddings with an eighth of the channels and 16 times the places.
+    level = 4 * width * grid**2 * (2 if config else 1)  # bytes of the largest level, float32
+    maps = 15 if config else 10  # in units of an image embedding, measured on a CPU: 15, 8 to 10
+    # The decoder takes as many prompts in a call as fit their embeddings into so many bytes.
+    prompts = min(max(1, DECODER_BYTES["cuda"] // level), s.prompts_per_step * s.group_size)
+    why = f"{prompts} prompts x {maps} maps of {width} x {grid} x {grid} x 4 bytes"
+    return {
+        "SAM weights": (weights * 4, f"{weights / 1e6:.0f}e6 weights x 4 bytes"),
+        "SAM decoder": (prompts * maps * 4 * width * grid**2, why),
+    }
+
+
+def update_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
+    """Memory of a forward and backward pass over packed rows, `width` bytes a number."""
+    rows = 1 if s.save_memory else s.prompts_per_step // s.minibatches  # of the pass, one a prompt
+    completions = s.group_size * s.max_new_tokens  # tokens of a row's completions
+    L = P + completions
+    V, hidden, inner = text.vocab_size, text.hidden_size, text.intermediate_size
+    tokens = f"{rows} x {L} tokens"
+    # Activations of a layer: 28 numbers of hidden_size and 8 of intermediate_size for a token.
+    layer = rows * L * (28 * hidden + 8 * inner) * width
+    why = f"({28 * width} x {hidden} + {8 * width} x {inner}) bytes"
+    layers = text.num_hidden_layers
+    inputs = (layer * layers, f"{tokens} x {layers} layers x {why}")
+    if s.save_memory >= 2:  # only the inputs are kept, the rest is recomputed
+        inputs = (
+            rows * L * layers * hidden * width,
+            f"{tokens} x {layers} layers x {hidden} x {width} bytes",
+        )
+    parts = {
+        "inputs of the layers": inputs,
+        "attention mask": (rows * L * L * 3, f"{rows} x {L} x {L} x (1 + 2) bytes"),
+    }
+    # The logits are gone before the first layer is recomputed, so the larger of both counts.
+    chunk = min(rows * completions, max(1, LOGITS_AT_ONCE // V))
+    logits = (chunk * V * 14, f"{chunk} positions x {V} x (2 + 3 x 4) bytes")
+    if layer > logits[0]:
+        return parts | {"one layer recomputed": (layer, f"{tokens} x {why}")}
+    return parts | {"logits": logits}
+
+
+def main(argv: list[str]) -> None:
     """Print the parts of each phase, their sums, and the largest sum."""
-    totals = {phase: sum(size for size, _ in parts.values()) for phase, parts in expected.items()}
-    for phase, parts in expected.items():
+    if {"-h", "--help"} & set(argv):
+        return print(__doc__)
+    peak = 0
+    for phase, parts in expected_memory(parse_settings("train", argv)).items():
         print(f"\n{phase}")
         for part, (size, why) in parts.items():
             print(f"  {part:22}{size / 2**30:8.2f} GiB  {why}")
-        print(f"  {'sum':22}{totals[phase] / 2**30:8.2f} GiB")
-    peak = max(totals.values())
+        total = sum(size for size, _ in parts.values())
+        print(f"  {'sum':22}{total / 2**30:8.2f} GiB")
+        peak = max(peak, total)
     print(f"\nexpected peak: {peak / 2**30:.1f} GiB ({peak / 1e9:.1f} GB), computed, not measured")
     print("python -m benchmarks.gpu_24gb measures it")
 
 
-def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        return print(__doc__)
-    s = parse_settings("train", argv)
-    with exit_on_error(f"--sam {s.sam}"):
-        sam_sizes(s.sam)
-    with exit_on_error(f"--vlm {s.vlm}"):
-        expected = expected_memory(s, vlm_path(s.vlm), LORA_TARGETS)
-    print_memory(expected)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_with_one_line():
+        main(sys.argv[1:])
