@@ -29,35 +29,21 @@ from plumbing.errors import UserError
 from plumbing.rewards import ACCURACY, box_ious, segzero_reward, true_box
 from plumbing.sam import build_sam, folded_attention, load_sam
 from plumbing.scenes import interior_points
-from reward import (
-    Answer,
-    Overlap,
-    SamPrompt,
-    SamScorer,
-    accuracy_reward,
-    decode_masks,
-    intersection_and_union,
-    parse_answer,
-    sam_prompt,
-    score_completions,
-    tiered_reward,
-    upsample_masks,
-)
+from reward import Answer, Overlap, SamPrompt, SamScorer, parse_answer, score_completions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # --------------------------------------------------------------------------------------------------
-# Text to numbers
+# Text to prompts
 # --------------------------------------------------------------------------------------------------
 
 BODY = '{"bbox":[1,2,30,40],"points_1":[5,6],"points_2":[7,8]}'
 OTHER = '{"bbox":[11,12,13,14],"points_1":[15,16],"points_2":[17,18]}'
 BOX = (1.0, 2.0, 30.0, 40.0)
 POINTS = ((5.0, 6.0), (7.0, 8.0))
-SINGLE_QUOTES = BODY.replace('"', "'")
 OTHER_ORDER = '{ "points_2" : [7, 8],\n "bbox" : [ 1, 2,\t30, 40 ], "points_1" : [5, 6] }'
 OTHER_KEYS = BODY[:-1] + ',"label":"it\'s \\"red\\"","extra":[[1,{"a":null}],true]}'
-APOSTROPHE = SINGLE_QUOTES[:-1] + ", 'label': \"the dog's\", 'none': None, 'yes': True}"
+APOSTROPHE = BODY.replace('"', "'")[:-1] + ", 'label': \"the dog's\", 'none': None, 'yes': True}"
 
 
 def wrap(body, thought="the red one"):
@@ -72,12 +58,10 @@ def wrap(body, thought="the red one"):
         f" \n<think>\nthe red one\n</think>\n\n<answer>\n{OTHER_ORDER}\n</answer>\u00a0\u2003",
         wrap('{"bbox":[1.0,2e0,3.0E+1,40],"points_1":[5.0,6],"points_2":[7,8.000]}'),
         wrap(OTHER_KEYS),
-        wrap(SINGLE_QUOTES),
         wrap(APOSTROPHE),
         wrap(BODY.replace("]", ",]").replace("}", ",}")),  # trailing commas
         wrap(BODY.replace("1,2,30", "1.,+2,3_0.")),  # Python's numbers
         wrap(f"(\n{BODY})  # done"),
-        wrap(f"```json\n{BODY}\n```"),
         wrap(f"```python\n{APOSTROPHE}"),  # a fence that is not closed
         wrap("\u00a0```\ufeff" + BODY.replace(",", ",\u00a0") + "\n```\u00a0"),
     ],
@@ -92,12 +76,11 @@ def test_all_ways_to_write_an_answer_are_accepted(text):
     [
         *(("bbox", "[30,2,1,40]"), ("bbox", "[1,40,30,2]")),  # swapped corners
         *(("bbox", "[1,2,1,40]"), ("bbox", "[1,2,30,2]")),  # no width, no height
-        *(("bbox", "[1,2,30]"), ("bbox", '"1,2,30,40"'), ("bbox", "[[1,2],[30,40]]")),
         *(("bbox", "[NaN,2,30,40]"), ("bbox", "[1,2,1e999,40]"), ("bbox", "[1,2,30,1000001]")),
-        *(("bbox", "[true,2,30,40]"), ("bbox", f"[1,2,30,{'1' * 400}]"), ("bbox", "missing")),
-        *(("points_1", "[5]"), ("points_1", "[5,6,7]"), ("points_1", '{"x":5,"y":6}')),
-        *(("points_1", "[NaN,6]"), ("points_1", '["5",6]'), ("points_1", "missing")),
-        *(("points_2", "[7,-Infinity]"), ("points_2", "null"), ("points_2", "missing")),
+        *(("bbox", "[true,2,30,40]"), ("bbox", "[1,2,30]"), ("bbox", '"1,2,30,40"')),
+        *(("points_1", "[5]"), ("points_1", "[5,6,7]"), ("points_1", '["5",6]')),
+        *(("points_2", "[NaN,8]"), ("points_2", "[7,-Infinity]"), ("points_2", "null")),
+        *(("bbox", "missing"), ("points_1", "missing"), ("points_2", "missing")),
     ],
 )
 def test_an_invalid_part_is_dropped_and_the_others_stay(part, value):
@@ -136,11 +119,8 @@ def test_an_answer_that_is_no_object_with_these_keys_gives_nothing(body):
         (f"<think>why</think>{BODY}", False, False),
         (f"<think> \n</think><answer>{BODY}</answer>", False, True),  # no reasoning in it
         (f"<think>why<answer>{BODY}</answer>", False, True),  # not closed
-        (f"<think>why</think><answer>{BODY}", False, False),
         (f"<think>why</think></answer>{BODY}<answer>", False, False),  # wrong order
-        (f"</think>why<think><answer>{BODY}</answer>", False, True),
-        (f"<think>a</think><think>b</think><answer>{BODY}</answer>", False, True),  # repeated
-        (f"<think>a <think> b</think><answer>{BODY}</answer>", False, True),
+        (f"<think>a <think> b</think><answer>{BODY}</answer>", False, True),  # repeated
         (f"<think>a <answer> b</answer> c</think><answer>{BODY}</answer>", True, True),
         (f"<think>a</think><answer>{BODY}</answer></answer>", True, False),
         (f"Sure! {wrap(BODY)}", False, True),  # text outside of the blocks
@@ -169,13 +149,8 @@ def test_an_odd_escape_prints_no_warning():
     assert (done.stdout, done.stderr) == ("{'a': '\\\\d'}\n", "")
 
 
-# --------------------------------------------------------------------------------------------------
-# Policy pixels to image pixels
-# --------------------------------------------------------------------------------------------------
-
-
 def prompt_of(box, points, extent, width, height):
-    return sam_prompt(Answer(True, True, box, points, ""), extent, width, height)
+    return reward.sam_prompt(Answer(True, True, box, points, ""), extent, width, height)
 
 
 def test_coordinates_are_scaled_once_and_each_axis_by_its_own_factor():
@@ -245,6 +220,24 @@ def test_a_pth_checkpoint_is_loaded_frozen(tmp_path, sam):
     assert not any(m.training for m in again.modules())
 
 
+def test_folded_attention_equals_the_original_at_the_width_of_vit_b():
+    torch.manual_seed(0)
+    H, W = 6, 17
+    attention = Attention(768, num_heads=12, qkv_bias=True, use_rel_pos=True, input_size=(H, W))
+    # They start at zero, which would hide swapped rows and columns.
+    torch.nn.init.normal_(attention.rel_pos_h)
+    torch.nn.init.normal_(attention.rel_pos_w)
+    x = torch.randn(3, H, W, 768)
+    with torch.no_grad():
+        difference = folded_attention(attention, x) - Attention.forward(attention, x)
+    assert difference.abs().max() < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts to masks
+# --------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def original_sam(sam):
     """The same weights with segment_anything's own attention."""
@@ -254,50 +247,17 @@ def original_sam(sam):
     return plain
 
 
-@pytest.mark.parametrize("size", [(14, 14), (6, 17)], ids=str)
-def test_folded_attention_equals_the_original_at_the_width_of_vit_b(size):
-    torch.manual_seed(0)
-    attention = Attention(768, num_heads=12, qkv_bias=True, use_rel_pos=True, input_size=size)
-    # They start at zero, which would hide swapped rows and columns.
-    torch.nn.init.normal_(attention.rel_pos_h)
-    torch.nn.init.normal_(attention.rel_pos_w)
-    x = torch.randn(3, *size, 768)
-    with torch.no_grad():
-        difference = folded_attention(attention, x) - Attention.forward(attention, x)
-    assert difference.abs().max() < 1e-5
-
-
-def test_the_encoder_with_folded_attention_equals_the_original(sam, original_sam):
-    assert all("forward" in vars(block.attn) for block in sam.image_encoder.blocks)
-    pixels = torch.randn(2, 3, 128, 128)
-    with torch.no_grad():
-        difference = sam.image_encoder(pixels) - original_sam.image_encoder(pixels)
-    assert difference.abs().max() < 1e-4
-
-
-# --------------------------------------------------------------------------------------------------
-# Prompts to masks
-# --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def scenes(samples):
-    """The samples, and a crop whose axes SAM scales differently: 90 x 23 becomes 128 x 33.
-
-    The first has ignored pixels.
-    """
-    image, mask = samples[0].image, samples[0].mask
-    y, x = np.argwhere(mask).mean(0).astype(int)
-    top = max(0, min(y - 11, image.height - 23))
-    left = max(0, min(x - 45, image.width - 90))
-    crop = SimpleNamespace(
-        image=image.crop((left, top, left + 90, top + 23)),
-        mask=mask[top : top + 23, left : left + 90],
-        ignore=None,
-    )
-    ignore = np.random.default_rng(0).random(mask.shape) < 0.3
-    first = SimpleNamespace(image=image, mask=mask, ignore=ignore)
-    return [first, *samples[1:], crop]
+    """The samples, and two flat and tall copies with ignored pixels. SAM scales their axes by
+    different factors: 90 x 23 becomes 128 x 33."""
+    scenes = list(samples)
+    for size in ((90, 23), (21, 120)):
+        image = samples[0].image.resize(size)
+        mask = np.array(Image.fromarray(samples[0].mask).resize(size))
+        ignore = np.random.default_rng(0).random(mask.shape) < 0.3
+        scenes.append(SimpleNamespace(image=image, mask=mask, ignore=ignore))
+    return scenes
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +323,9 @@ def test_cropping_the_padding_first_does_not_change_the_masks(size):
     input_size = ResizeLongestSide.get_preprocess_shape(*size, 1024)
     official = SimpleNamespace(image_encoder=SimpleNamespace(img_size=1024))
     expected = Sam.postprocess_masks(official, logits[:, None], input_size, size)[:, 0]
-    assert torch.allclose(upsample_masks(logits, 1024, input_size, size), expected, atol=1e-4)
+    assert torch.allclose(
+        reward.upsample_masks(logits, 1024, input_size, size), expected, atol=1e-4
+    )
 
 
 @pytest.mark.exercise_3
@@ -375,7 +337,7 @@ def test_decoding_together_equals_decoding_one_by_one(sam, has_box, has_points):
     image_index = torch.tensor([2, 0, 0, 1, 2])
     boxes = torch.rand(5, 4) * 60 + torch.tensor([0, 0, 60, 60]) if has_box else None
     points = torch.rand(5, 2, 2) * 128 if has_points else None
-    logits, ratings = decode_masks(sam, embeddings, image_index, boxes, points)
+    logits, ratings = reward.decode_masks(sam, embeddings, image_index, boxes, points)
     assert logits.shape == (5, 4, 64, 64) and ratings.shape == (5, 4)
     for n in range(5):
         sparse, dense = sam.prompt_encoder(
@@ -401,16 +363,16 @@ def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
     monkeypatch.setattr(scorer.sam, "encode", encode)
     monkeypatch.setattr(scorer.sam, "decode", decode)
     whole = scorer.score(scenes, mixed, keep_masks=True)
-    assert [len(call.args[0]) for call in encode.mock_calls] == [7]
+    assert [len(call.args[0]) for call in encode.mock_calls] == [8]
     # SAM does not get the sixth sort, the empty prompts.
-    assert [len(call.args[1]) for call in decode.mock_calls] == [7] * 5
+    assert [len(call.args[1]) for call in decode.mock_calls] == [8] * 5
     encode.reset_mock()
     decode.reset_mock()
     monkeypatch.setattr(scorer, "encoder_batch", 2)
     monkeypatch.setitem(reward.DECODER_BYTES, "cpu", 4 * 2**16)  # an embedding has 64 KiB
     parts = scorer.score(scenes, mixed, keep_masks=True)
-    assert [len(call.args[0]) for call in encode.mock_calls] == [2, 2, 2, 1]
-    assert [len(call.args[1]) for call in decode.mock_calls] == [4, 3] * 5
+    assert [len(call.args[0]) for call in encode.mock_calls] == [2] * 4
+    assert [len(call.args[1]) for call in decode.mock_calls] == [4, 4] * 5
     for a, b in zip(whole.masks, parts.masks, strict=True):
         assert (a != b).float().mean() < 1e-4
 
@@ -427,33 +389,30 @@ def test_sam_in_host_memory_gives_the_same_masks_and_stays_frozen(scenes, mixed,
     other = copy.deepcopy(sam).train()
     host = [weight.data_ptr() for weight in other.parameters()]
     found = SamScorer(other, offload=True).score(scenes, mixed)
-    expected = scorer.score(scenes, mixed)
-    assert torch.equal(found.intersection, expected.intersection)
-    assert torch.equal(found.union, expected.union)
+    assert torch.equal(found.iou, scorer.score(scenes, mixed).iou)
     assert [weight.data_ptr() for weight in other.parameters()] == host  # nothing was copied back
     assert all(map(torch.equal, other.state_dict().values(), sam.state_dict().values()))
     assert not any(weight.requires_grad for weight in other.parameters())
 
 
 # --------------------------------------------------------------------------------------------------
-# Masks to IoU
+# Masks to IoU to reward
 # --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.exercise_2
-@pytest.mark.parametrize("ignored", [True, False])
-def test_pixels_are_counted_as_in_pycocotools(ignored):
+def test_pixels_are_counted_as_in_pycocotools():
     coco = pytest.importorskip("pycocotools.mask")
-    shape = (33, 7)
     generator = torch.Generator().manual_seed(0)
-    sizes = ((4, *shape), shape, shape)
-    masks, truth, some = (torch.rand(size, generator=generator) > 0.4 for size in sizes)
-    intersection, union = intersection_and_union(masks, truth, some if ignored else None)
+    sizes = ((4, 33, 7), (33, 7), (33, 7))
+    masks, truth, ignore = (torch.rand(size, generator=generator) > 0.4 for size in sizes)
+    arguments = masks.clone(), truth.clone(), ignore.clone()
+    intersection, union = reward.intersection_and_union(*arguments)
+    assert all(map(torch.equal, arguments, (masks, truth, ignore))), "changed in place"
     assert intersection.dtype == union.dtype == torch.float32
-    counted = ~some if ignored else torch.ones(shape, dtype=torch.bool)
 
     def encode(mask):
-        return coco.encode(np.asfortranarray((mask & counted).numpy().astype(np.uint8)))
+        return coco.encode(np.asfortranarray((mask & ~ignore).numpy().astype(np.uint8)))
 
     for g, mask in enumerate(masks):
         pair = [encode(mask), encode(truth)]
@@ -461,25 +420,12 @@ def test_pixels_are_counted_as_in_pycocotools(ignored):
         assert union[g] == coco.area(coco.merge(pair))
 
 
-@pytest.mark.exercise_2
-def test_large_masks_are_counted_exactly_and_the_arguments_are_unchanged():
-    masks = torch.ones(2, 301, 301, dtype=torch.bool)
-    truth = masks[0].clone()
-    one_pixel = torch.zeros_like(truth)
-    one_pixel[0, 0] = True
-    for ignore, pixels in ((one_pixel, 90_600), (None, 90_601)):
-        intersection, union = intersection_and_union(masks, truth, ignore)
-        assert intersection.tolist() == union.tolist() == [pixels] * 2
-    unchanged = masks.all() and truth.all() and one_pixel.sum() == 1
-    assert unchanged, "the arguments must not be changed in place"
-
-
 def ious(truth, ignore, masks):
     """IoU of each mask with the truth; all are lists of 0 and 1."""
     truth = torch.tensor([truth], dtype=torch.bool)
     ignore = None if ignore is None else torch.tensor([ignore], dtype=torch.bool)
     masks = torch.tensor(masks, dtype=torch.bool)[:, None]
-    intersection, union = intersection_and_union(masks, truth, ignore)
+    intersection, union = reward.intersection_and_union(masks, truth, ignore)
     return Overlap(intersection, union, torch.ones_like(union, dtype=torch.bool), None).iou.tolist()
 
 
@@ -510,11 +456,6 @@ def test_a_completion_without_a_prompt_scores_zero_even_if_the_true_mask_is_empt
     assert scores.iou.tolist() == [[0, 0]] and scores.reward.tolist() == [[1, 0]]
 
 
-# --------------------------------------------------------------------------------------------------
-# IoU to reward
-# --------------------------------------------------------------------------------------------------
-
-
 THOUSANDTHS = [0, 499, 500, 501, 699, 700, 701, 799, 800, 801, 1000]
 
 
@@ -530,16 +471,10 @@ THOUSANDTHS = [0, 499, 500, 501, 699, 700, 701, 799, 800, 801, 1000]
 def test_iou_must_exceed_a_threshold(kind, expected):
     for scale in (1, 7, 333):  # the IoU is a quotient of two pixel counts
         iou = torch.tensor(THOUSANDTHS).float() * scale / torch.tensor(1000.0 * scale)
+        before = iou.clone()
         hint = "float32 rounds the IoU and the threshold: compare tensors"
-        assert accuracy_reward(iou, kind).tolist() == expected, hint
-
-
-@pytest.mark.exercise_4
-def test_tiers_of_a_whole_step():
-    iou = torch.tensor([[0.0, 0.6, 1.0], [0.75, 0.5, 0.3]])
-    earned = tiered_reward(iou)
-    assert earned.dtype == torch.float32 and earned.tolist() == [[0, 2, 4], [3, 0, 0]]
-    assert iou[0, 1] == 0.6, "the IoU is logged: it must not be changed in place"
+        assert reward.accuracy_reward(iou, kind).tolist() == expected, hint
+        assert torch.equal(iou, before), "the IoU is logged: it must not be changed in place"
 
 
 def true_answer(sample, think=True, points=True, extent=64):
@@ -560,11 +495,11 @@ def test_the_reward_is_the_sum_of_its_parts(scorer, samples, kind):
     assert scores.think_format.tolist() == [[1, 0, 1, 0]] * 6
     assert scores.answer_format.tolist() == [[1, 1, 0, 0]] * 6
     if kind == "box":
-        expected = tiered_reward(box_ious(samples, scores.prompts))
+        expected = reward.tiered_reward(box_ious(samples, scores.prompts))
     elif kind.startswith("segzero"):
         expected = segzero_reward(samples, scores.prompts, 64, kind == "segzero_mask")
     else:
-        expected = accuracy_reward(scores.iou, kind)
+        expected = reward.accuracy_reward(scores.iou, kind)
     assert torch.equal(scores.accuracy, expected)
     assert torch.equal(scores.reward, scores.accuracy + scores.think_format + scores.answer_format)
     assert 5 < scores.reward.max() <= 6 and scores.reward.min() == 0
@@ -575,8 +510,8 @@ def test_the_extent_must_be_that_of_the_answers(scorer, samples):
         completions = [[true_answer(sample, extent=written_in)] for sample in samples]
         return score_completions(scorer, samples, completions, extent=read_in).iou
 
-    assert iou(64, 64).mean() > 0.6  # with images that are not square
     assert torch.allclose(iou(1000, 1000), iou(64, 64), atol=1e-3)
+    assert iou(64, 64).mean() > 0.6  # with images that are not square
     assert iou(1000, 64).mean() < 0.3
 
 
@@ -585,10 +520,9 @@ def test_the_extent_must_be_that_of_the_answers(scorer, samples):
 # --------------------------------------------------------------------------------------------------
 
 TRUE_BOX = (200, 100, 600, 300)
-LABELS = ((300.0, 130.0), (500.0, 270.0))  # the two points that Seg-Zero's reward is labelled with
 
 
-def scene(width=840, height=840, box=TRUE_BOX):
+def drawn(width=840, height=840, box=TRUE_BOX):
     """A blank image whose true mask is a box, with a hole in its middle, or empty without a box."""
     mask = np.zeros((height, width), bool)
     if box:
@@ -599,23 +533,13 @@ def scene(width=840, height=840, box=TRUE_BOX):
 
 
 def test_box_ious_by_hand():
-    cases = {  # box: IoU with the true one
-        TRUE_BOX: 1,
-        (200, 100, 400, 300): 1 / 2,
-        (400, 200, 800, 400): 1 / 7,  # 200 x 100 of 140,000 pixels are shared
-        (600, 100, 840, 300): 0,  # they only touch
-        (190.5, 100, 600, 300): 400 / 409.5,
-        None: 0,
-    }
-    prompts = [SamPrompt(box, ()) for box in cases]
-    found = box_ious([scene(), scene(box=None)], [prompts, prompts])
-    assert found[0].tolist() == pytest.approx(list(cases.values()))
+    # The true one, half of it, 200 x 100 of 140,000 pixels shared, an edge shared, 9.5 more, none.
+    boxes = [TRUE_BOX, (200, 100, 400, 300), (400, 200, 800, 400), (600, 100, 840, 300)]
+    boxes += [(190.5, 100, 600, 300), None]
+    prompts = [SamPrompt(box, ()) for box in boxes]
+    found = box_ious([drawn(), drawn(box=None)], [prompts, prompts])
+    assert found[0].tolist() == pytest.approx([1, 1 / 2, 1 / 7, 0, 400 / 409.5, 0])
     assert found[1].tolist() == [0] * 6  # nothing is there: also without a box
-
-
-@pytest.fixture
-def labels(monkeypatch):
-    monkeypatch.setattr(rewards, "interior_points", lambda mask: LABELS)
 
 
 def thirds(sample, box, points=(), extent=840, in_mask=False):
@@ -625,31 +549,21 @@ def thirds(sample, box, points=(), extent=840, in_mask=False):
     return pytest.approx(earned.item() * 3 / 4)
 
 
-def test_segzero_rewards_the_overlap_of_the_boxes(labels):
-    # Half of the true box has IoU 0.5, and its right edge is 200 pixels away: 50 on average.
-    assert thirds(scene(), (200, 100, 400, 300)) == 0
-    assert thirds(scene(), (200, 100, 401, 300)) == 1
-    assert thirds(scene(), None, LABELS) == 0
-    assert thirds(scene(box=None), TRUE_BOX, LABELS) == 0
-
-
 @pytest.mark.parametrize(
-    "size, extent, right, down, close",
+    "box, extent, expected",
     [
-        *(((840, 840), 840, 9.9, 9.9, True), ((840, 840), 840, 10, 10, False)),
-        *(((840, 840), 840, 19.9, 0, True), ((840, 840), 840, 20, 0, False)),  # a mean of four
-        # Each axis has its own scale: here x counts four times and y once.
-        *(((210, 840), 840, 4.9, 0, True), ((210, 840), 840, 5, 0, False)),
-        *(((210, 840), 840, 0, 19.9, True), ((210, 840), 840, 0, 20, False)),
-        # A policy image of 64 pixels: two of them are 26.25. Thousandths: the limit is 10.
-        *(((840, 840), 64, 26, 26, True), ((840, 840), 64, 26.25, 26.25, False)),
-        *(((840, 840), 1000, 9.9, 9.9, True), ((840, 840), 1000, 10, 10, False)),
+        *((TRUE_BOX, 840, 2), (None, 840, 0)),
+        # Half of the true box has IoU 0.5, and is 50 pixels away: the mean of 0, 0, 200 and 0.
+        *(((200, 100, 400, 300), 840, 0), ((200, 100, 401, 300), 840, 1)),
+        *(((209.9, 109.9, 609.9, 309.9), 840, 2), ((210, 110, 610, 310), 840, 1)),
+        *(((219.9, 100, 619.9, 300), 840, 2), ((220, 100, 620, 300), 840, 1)),
+        # Two pixels of a policy image of 64 are 26.25 of 840. With thousandths the limit is 10.
+        *(((226, 126, 626, 326), 64, 2), ((226.25, 126.25, 626.25, 326.25), 64, 1)),
+        *(((209.9, 109.9, 609.9, 309.9), 1000, 2), ((210, 110, 610, 310), 1000, 1)),
     ],
 )
-def test_segzero_rewards_a_box_below_ten_pixels_away(labels, size, extent, right, down, close):
-    box = (100, 100, 200, 500) if size == (210, 840) else (100, 100, 400, 400)
-    moved = tuple(np.add(box, (right, down, right, down)))
-    assert thirds(scene(*size, box=box), moved, extent=extent) == 1 + close
+def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, expected):
+    assert thirds(drawn(), box, extent=extent) == expected
 
 
 @pytest.mark.parametrize(
@@ -667,32 +581,32 @@ def test_segzero_rewards_a_box_below_ten_pixels_away(labels, size, extent, right
         (((300, 130),), False, False),  # one point
     ],
 )
-def test_segzero_rewards_points_near_the_labels_or_in_the_mask(labels, points, near, in_mask):
-    assert thirds(scene(), TRUE_BOX, points) == 2 + near
-    assert thirds(scene(), TRUE_BOX, points, in_mask=True) == 2 + in_mask
+def test_segzero_rewards_points_near_the_labels_or_in_the_mask(monkeypatch, points, near, in_mask):
+    labels = ((300, 130), (500, 270))
+    monkeypatch.setattr(rewards, "interior_points", lambda mask: labels)
+    assert thirds(drawn(), TRUE_BOX, points) == 2 + near
+    assert thirds(drawn(), TRUE_BOX, points, in_mask=True) == 2 + in_mask
 
 
-def test_segzero_measures_the_distance_of_points_in_pixels_of_840(monkeypatch):
-    monkeypatch.setattr(rewards, "interior_points", lambda mask: ((100, 150), (100, 250)))
-    box = (20, 100, 380, 300)
-    sample = scene(420, 840, box)
-    assert thirds(sample, box, ((149, 150), (149, 250))) == 3  # 98 pixels to the right
-    assert thirds(sample, box, ((151, 150), (151, 250))) == 2  # 102
-    # 52 and 48 pixels down. Scaled like x, they would be 100 on average.
-    assert thirds(sample, box, ((100, 202), (100, 298))) == 3
-
-
-def test_a_point_on_the_far_edge_of_the_image_is_in_its_last_pixel():
-    box = (440, 540, 840, 840)
-    assert thirds(scene(box=box), box, ((840, 840), (840.0, 600)), in_mask=True) == 3
+def test_segzero_measures_in_pixels_of_840_along_each_axis(monkeypatch):
+    """In an image of 210 x 840, x counts four times."""
+    box = (100, 100, 200, 500)
+    sample = drawn(210, 840, box)
+    for right, down, close in ((4.9, 0, True), (5, 0, False), (0, 19.9, True), (0, 20, False)):
+        assert thirds(sample, tuple(np.add(box, (right, down, right, down)))) == 1 + close
+    monkeypatch.setattr(rewards, "interior_points", lambda mask: ((150, 150), (150, 250)))
+    assert thirds(sample, box, ((174, 150), (174, 250))) == 3  # 96 to the right
+    assert thirds(sample, box, ((176, 150), (176, 250))) == 2  # 104
+    assert thirds(sample, box, ((150, 202), (150, 298))) == 3  # 52 and 48 down
 
 
 def test_segzero_scores_each_completion_of_each_sample():
-    samples = [scene(), scene(box=(0, 0, 400, 200)), scene(box=None)]
-    exact = SamPrompt(TRUE_BOX, interior_points(samples[0].mask))
-    no_points = SamPrompt((0, 0, 400, 200), ())
-    earned = segzero_reward(samples, [[exact, no_points]] * 3, extent=840, in_mask=False)
-    assert earned.flatten().tolist() == pytest.approx([4, 0, 0, 8 / 3, 0, 0])
+    corner = (440, 540, 840, 840)
+    samples = [drawn(), drawn(box=corner), drawn(box=None)]
+    first = SamPrompt(TRUE_BOX, interior_points(samples[0].mask))
+    second = SamPrompt(corner, ((840, 840), (840.0, 600)))  # on the far edge: in its last pixels
+    earned = segzero_reward(samples, [[first, second]] * 3, extent=840, in_mask=True)
+    assert earned.tolist() == [[4, 0], [0, 4], [0, 0]]
 
 
 # --------------------------------------------------------------------------------------------------
