@@ -36,14 +36,15 @@ PAGE = Template("""<!DOCTYPE html>
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>SAM-R1 mini: $name</title>
 <style>
-body { margin: 0 auto; padding: 0 12px; max-width: 1320px; font: 15px/1.45 sans-serif; }
+body { margin: 0 auto; padding: 0 12px; max-width: 1320px; font: 15px/1.45 sans-serif;
+  overflow-wrap: anywhere; }
 summary { font-weight: bold; margin: 12px 0; }
 th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid silver; }
 ul { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 10px;
   padding: 0; list-style: none; }
 li { padding: 8px; border: 1px solid silver; border-radius: 8px; font-size: 13px; }
 img { max-width: 100%; } li img { display: block; height: 200px; margin: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; }
 .above { background: #ffd48a; } .below { background: #b9d6ff; }
 </style>
 <h1>SAM-R1 mini: $name</h1>
@@ -141,10 +142,10 @@ def curves_html(rows: list[dict]) -> str:
     return f'<img src="{uri}" alt="Curves of {len(rows)} steps">'
 
 
-def read(file: Path, text: str | None = None):
+def read(file: Path, line: bytes | None = None):
     """The JSON in a file, or in a line of it. Raises UserError if it is damaged."""
     try:
-        return json.loads(file.read_text() if text is None else text)
+        return json.loads(file.read_bytes() if line is None else line)
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): delete it, or what is damaged") from error
 
@@ -161,7 +162,7 @@ def report_html(run: Path) -> str:
         results = results_html(read(file))
     rows = []
     if (file := run / "metrics.jsonl").is_file():
-        lines = file.read_text().split("\n")[:-1]  # the last may be half written
+        lines = file.read_bytes().split(b"\n")[:-1]  # a line without an end is still being written
         rows = [read(file, line) for line in lines]
     files = sorted((run / "rollouts").glob("step_*.json"))
     steps = [step_html(read(file), file == files[-1]) for file in files]
