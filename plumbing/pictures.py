@@ -176,6 +176,22 @@ def groups(batch: list, texts: list[list[str]], scores, columns: int = 4) -> Fig
     return figure
 
 
+def sheet(rows: dict[str, list[tuple]]) -> Figure:
+    """A row of pictures for each title, from tuples (sample, prompt, mask (H, W) bool, IoU)."""
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(3 * columns, 3.3 * len(rows)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (title, answers) in zip(grid, rows.items(), strict=True):
+        for axes in line[len(answers) :]:
+            axes.set_axis_off()
+        for axes, (one, prompt, mask, iou) in zip(line, answers, strict=False):
+            draw_answer(axes, one.image, mask, prompt, one.mask)
+            write_title(axes, f"{title}: IoU {iou:.2f}")
+            write_below(axes, textwrap.fill(printable(one.query)[:160], 38))
+    draw_legend(figure)
+    return figure
+
+
 def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int = 4) -> Figure:
     """The best, median and worst answers of an evaluation, `count` of each, by IoU.
 
@@ -193,18 +209,10 @@ def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int 
     batch = [dataset[k] for k in chosen]
     prompts = [prompt_type(rows[k]["box"], rows[k]["points"]) for k in chosen]
     masks = scorer.score(batch, [[prompt] for prompt in prompts], keep_masks=True).masks
-    figure = Figure(figsize=(3 * count, 10), dpi=100, layout="constrained")
-    for line, title in zip(figure.subplots(3, count, squeeze=False), picks, strict=True):
-        for axes, k in zip(line, picks[title], strict=False):
-            at = chosen.index(k)
-            one = batch[at]
-            draw_answer(axes, one.image, masks[at][0].cpu().numpy(), prompts[at], one.mask)
-            write_title(axes, f"{title}: IoU {rows[k]['iou']:.2f}")
-            write_below(axes, textwrap.fill(printable(one.query)[:160], 38))
-        for axes in line[len(picks[title]) :]:
-            axes.set_axis_off()
-    draw_legend(figure)
-    return figure
+    drawn = {}
+    for k, one, prompt, mask in zip(chosen, batch, prompts, masks, strict=True):
+        drawn[k] = (one, prompt, mask[0].cpu().numpy(), rows[k]["iou"])
+    return sheet({title: [drawn[k] for k in row] for title, row in picks.items()})
 
 
 def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
