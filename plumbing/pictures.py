@@ -30,28 +30,28 @@ PANELS = {  # of `curves`: title and metrics
     "length, tokens": ("length",),
     "share of tokens clipped": ("clip_low", "clip_high"),
 }
-
-# Pieces of a completion that stay on one line: a tag, a JSON key with its list, a key or another
-# string, a number with the comma or brackets after it, a word.
-PIECES = re.compile(
-    r"""</?\w+>|[{,]?["']\w*["']:\s*\[[-+\d.,\seE]{0,24}\][,}]*|[{,]?["'][^"'<>]{0,24}["'][:,}]*"""
-    r"|[-+]?\d[\d.eE+-]*[],}]*|\w+|\s+|."
-)
-
 NUMBERS = ("reward", "accuracy", "think_format", "answer_format", "iou")
 LONGEST_SIDE = 640  # pixels; recorded pictures are scaled down to this
-PHOTOGRAPH = 256  # pixels; a recorded picture with a longer side is a JPEG, any other a PNG
+PHOTOGRAPH = 256  # pixels; a picture with a longer side is stored as a JPEG, any other as a PNG
 
 # ----------------------------------------------------------------------------------------------
 # Parts of figures
 # ----------------------------------------------------------------------------------------------
 
 
+def draw_answer(axes, image: Image.Image, mask: np.ndarray, prompt, truth=None) -> None:
+    """SAM's mask (H, W) bool, its reward.SamPrompt, and the outline of the true mask if known."""
+    draw_mask(axes, image, mask, FOUND)
+    if truth is not None:
+        draw_outline(axes, truth, TRUTH)
+    draw_prompt(axes, prompt)
+
+
 def draw_mask(axes, image: Image.Image, mask: np.ndarray, colour: str) -> None:
     """The image, darkened outside of the mask (H, W) bool, and the mask's outline."""
     pixels = np.asarray(image) * np.where(mask[..., None], 1.0, 0.5)
     axes.imshow(pixels.astype(np.uint8))
-    axes.autoscale(False)  # later drawings do not change the frame
+    axes.autoscale(False)  # later drawings do not change the limits
     draw_outline(axes, mask, colour)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -62,7 +62,8 @@ def draw_outline(axes, mask: np.ndarray, colour: str) -> None:
     if mask.any():
         height, width = mask.shape
         padded = np.pad(mask, 1)  # the outline is closed also where the mask meets the border
-        x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
+        x = np.arange(-1, width + 1)
+        y = np.arange(-1, height + 1)
         lines = axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=1.5)
         lines.set_path_effects(EDGE)
 
@@ -74,10 +75,9 @@ def draw_prompt(axes, prompt) -> None:
     """
     if prompt.box:
         x1, y1, x2, y2 = prompt.box
-        corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
-        box = Rectangle(corner, *size, fill=False, color="white", linewidth=1.5, clip_on=False)
-        box.set_path_effects(EDGE)
-        axes.add_patch(box)
+        corner = (x1 - 0.5, y1 - 0.5)
+        line = dict(fill=False, color="white", linewidth=1.5, clip_on=False, path_effects=EDGE)
+        axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, **line))
     for x, y in prompt.points:
         axes.plot(x - 0.5, y - 0.5, "o", color="white", markeredgecolor="black", markersize=5)
 
@@ -96,29 +96,21 @@ def draw_legend(figure) -> None:
 
 
 def wrap(text: str, width: int, lines: int = LINES) -> str:
-    """A completion as lines of at most `width` characters, at most `lines` of them.
+    """A completion as at most `lines` lines of at most `width` characters.
 
-    The answer starts a line. A line never ends within a tag, a JSON key, a number or a word, unless
-    that is wider than a line. If there are too many lines, those in the middle are left out.
+    The answer starts a line. Spaces after commas and colons are added, so that no number is cut. If
+    thought or answer is too long, its end is left out.
 
     >>> print(wrap('<think>the red star</think><answer>{"bbox":[1,2,30,40],"points_1":[5,6]}', 28))
     <think>the red star</think>
-    <answer>{"bbox":[1,2,30,40],
-    "points_1":[5,6]}
+    <answer>{"bbox": [1, 2, 30,
+    40], "points_1": [5, 6]}
     """
-    rows = [""]
-    for piece in PIECES.findall(printable(text)):
-        if rows[-1] and (piece == "<answer>" or len(rows[-1] + piece.rstrip()) > width):
-            rows.append("")
-        piece = piece if rows[-1] else piece.lstrip()
-        while len(piece.rstrip()) > width:
-            cut = max(piece.rfind(sign, 0, width) for sign in ":[, ") + 1 or width
-            rows[-1:] = [piece[:cut], ""]
-            piece = piece[cut:].lstrip()
-        rows[-1] += piece
-    if len(rows) > lines:
-        rows[lines // 2 : -(lines - lines // 2 - 1)] = ["..."]
-    return "\n".join(row.rstrip() for row in rows)
+    text = re.sub(r"([,:])(?=\S)", r"\1 ", printable(text))
+    thought, tag, answer = text.partition("<answer>")
+    options = dict(width=width, max_lines=lines // 2, break_on_hyphens=False)
+    rows = textwrap.wrap(thought, **options) + textwrap.wrap(tag + answer, **options)
+    return "\n".join(rows)
 
 
 def printable(text: str) -> str:
@@ -139,6 +131,18 @@ def write_below(axes, text: str, completion: bool = False) -> None:
 # ----------------------------------------------------------------------------------------------
 # Figures of answers
 # ----------------------------------------------------------------------------------------------
+
+
+def answer_picture(image, mask, prompt, truth=None, side: int = 320) -> Image.Image:
+    """`draw_answer` as a picture. side: its longer side, in pixels."""
+    scale = side / max(image.size) / 100  # inches
+    figure = Figure(figsize=(image.width * scale, image.height * scale), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_frame_on(False)
+    draw_answer(axes, image, mask, prompt, truth)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
 
 
 def groups(batch: list, texts: list[list[str]], scores, columns: int = 4) -> Figure:
@@ -162,8 +166,8 @@ def groups(batch: list, texts: list[list[str]], scores, columns: int = 4) -> Fig
         write_title(group[0, 0], "true mask")
         write_below(group[0, 0], textwrap.fill(printable(one.query)[:160], 34))
         for g, axes in enumerate(cells[:G]):
-            draw_mask(axes, one.image, scores.overlap.masks[b][g].cpu().numpy(), FOUND)
-            draw_prompt(axes, scores.prompts[b][g])
+            mask = scores.overlap.masks[b][g].cpu().numpy()
+            draw_answer(axes, one.image, mask, scores.prompts[b][g])
             write_title(axes, f"reward {scores.reward[b, g]:.3g}, IoU {scores.iou[b, g]:.2f}")
             write_below(axes, wrap(texts[b][g], 32), completion=True)
         for axes in [*group[1:, 0], *cells[G:]]:
@@ -181,9 +185,7 @@ def sheet(rows: dict[str, list[tuple]]) -> Figure:
         for axes in line[len(answers) :]:
             axes.set_axis_off()
         for axes, (one, prompt, mask, iou) in zip(line, answers, strict=False):
-            draw_mask(axes, one.image, mask, FOUND)
-            draw_outline(axes, one.mask, TRUTH)
-            draw_prompt(axes, prompt)
+            draw_answer(axes, one.image, mask, prompt, one.mask)
             write_title(axes, f"{title}: IoU {iou:.2f}")
             write_below(axes, textwrap.fill(printable(one.query)[:160], 38))
     draw_legend(figure)
@@ -198,23 +200,19 @@ def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int 
     scorer:      reward.SamScorer, which makes the masks again.
     prompt_type: reward.SamPrompt.
     """
-    scored = (k for k, row in enumerate(rows) if "skipped" not in row)
+    scored = [k for k, row in enumerate(rows) if "skipped" not in row]
     order = sorted(scored, key=lambda k: -rows[k]["iou"])
     middle = max(0, len(order) // 2 - count // 2)
-    picks = {
-        "best": order[:count],
-        "median": order[middle : middle + count],
-        "worst": order[-count:],
-    }
-    chosen = sorted({k for part in picks.values() for k in part})  # encode each image once
+    median = order[middle : middle + count]
+    picks = {"best": order[:count], "median": median, "worst": order[-count:]}
+    chosen = sorted({k for row in picks.values() for k in row})  # encode each image once
     batch = [dataset[k] for k in chosen]
     prompts = [prompt_type(rows[k]["box"], rows[k]["points"]) for k in chosen]
     masks = scorer.score(batch, [[prompt] for prompt in prompts], keep_masks=True).masks
-    drawn = {
-        k: (one, prompt, mask[0].cpu().numpy(), rows[k]["iou"])
-        for k, one, prompt, mask in zip(chosen, batch, prompts, masks, strict=True)
-    }
-    return sheet({title: [drawn[k] for k in part] for title, part in picks.items()})
+    drawn = {}
+    for k, one, prompt, mask in zip(chosen, batch, prompts, masks, strict=True):
+        drawn[k] = (one, prompt, mask[0].cpu().numpy(), rows[k]["iou"])
+    return sheet({title: [drawn[k] for k in row] for title, row in picks.items()})
 
 
 def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
@@ -222,8 +220,7 @@ def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -
     size = (7, 7 * image.height / image.width + 1.2)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
-    draw_mask(axes, image, mask, FOUND)
-    draw_prompt(axes, prompt)
+    draw_answer(axes, image, mask, prompt)
     axes.set_title(textwrap.fill(printable(query)[:240], 60), parse_math=False)
     write_below(axes, textwrap.fill(printable(said)[:800], 90))
     return figure
@@ -242,12 +239,14 @@ def smooth(axes, rows: list[dict], name: str, colour: str, label: str | None = "
     """
     steps = np.array([row["step"] for row in rows])
     values = np.array([row.get(name) for row in rows], float)  # None becomes NaN
-    values[~np.isfinite(values)] = np.nan
+    values[np.isinf(values)] = np.nan
     marker = "." if len(rows) < 3 else None
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8, marker=marker)
     label = name.replace("_", " ") if label == "" else label
     axes.plot(*running_mean(steps, values), color=colour, label=label)
     axes.set_xlabel("step", fontsize=TEXT)
+    if name == "kl":  # k3 has no bound: one improbable token makes a spike
+        axes.set_yscale("symlog", linthresh=1e-3)
 
 
 def running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -257,21 +256,15 @@ def running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.
     steps, and odd. NaN counts in no mean.
     """
     half = min(WINDOW, len(values) // 8) // 2
-    window = np.ones(2 * half + 1)
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), window, "valid")
-    count = np.convolve(known.astype(float), window, "valid")
-    means = np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(values, 2 * half + 1)  # (M, window)
+    means = np.ma.masked_invalid(windows).mean(1).filled(np.nan)
     return steps[half : len(steps) - half], means
 
 
-def curves(rows: list[dict], columns: int = 3) -> Figure:
-    """Reward and its parts, IoU, KL, entropy, length and clipped share over the steps of
-    metrics.jsonl (at least one). `columns`: panels in a row."""
-    lines = -(-len(PANELS) // columns)
-    figure = Figure(figsize=(11 / 3 * columns, 3 * lines), dpi=100, layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes, (title, names) in zip(grid.flat, PANELS.items(), strict=False):
+def curves(rows: list[dict]) -> Figure:
+    """The PANELS over the steps of metrics.jsonl, of which there must be one at least."""
+    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         for k, name in enumerate(names):
             smooth(axes, rows, name, f"C{k}")
         axes.set_title(title, fontsize=10)
@@ -279,8 +272,6 @@ def curves(rows: list[dict], columns: int = 3) -> Figure:
             low, high = axes.get_ylim()
             axes.set_ylim(low, high + 0.3 * (high - low))
             axes.legend(fontsize=TEXT, loc="upper center", ncols=2)
-        if names == ("kl",):  # k3 has no bound: one improbable token makes a spike
-            axes.set_yscale("symlog", linthresh=1e-3)
     return figure
 
 
@@ -301,63 +292,58 @@ def record_rollouts(
     advantages:  (B, G) or None.
     clipped:     (B, G, T) int or None: -1 where the ratio was clipped below, 1 above, else 0.
 
-    Boxes, points and "size" (W, H) are in image pixels. Pictures are data URIs, scaled down to
-    LONGEST_SIDE; masks are 1-bit PNGs.
+    Pictures are data URIs, scaled down to LONGEST_SIDE; masks are 1-bit PNGs. Boxes and points are
+    in pixels of these pictures.
     """
     rows = []
     for b, one in enumerate(samples):
-        scale = min(1, LONGEST_SIDE / max(one.image.size))
-        small = tuple(max(1, round(side * scale)) for side in one.image.size)
+        picture = one.image.copy()
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        scale = max(picture.size) / max(one.image.size)
         answers = []
         for g, prompt in enumerate(scores.prompts[b]):
             length = int(completions.mask[b, g].sum())
             ids = completions.ids[b, g, :length].tolist()
-            answer = {
-                "text": tokenizer.decode(ids, skip_special_tokens=True),
-                "tokens": token_texts(ids, tokenizer),
-                "clipped": None if clipped is None else clipped[b, g, :length].tolist(),
-            }
-            answer |= {name: getattr(scores, name)[b, g].item() for name in NUMBERS}
+            answer = {name: getattr(scores, name)[b, g].item() for name in NUMBERS}
+            answer["text"] = tokenizer.decode(ids, skip_special_tokens=True)
+            answer["tokens"] = token_texts(ids, tokenizer)
+            answer["clipped"] = None if clipped is None else clipped[b, g, :length].tolist()
             answer["advantage"] = None if advantages is None else advantages[b, g].item()
-            answer |= {"box": prompt.box, "points": prompt.points}
-            answer["mask"] = mask_uri(scores.overlap.masks[b][g].cpu().numpy(), small)
+            answer["box"] = prompt.box and [v * scale for v in prompt.box]
+            answer["points"] = [(x * scale, y * scale) for x, y in prompt.points]
+            mask = scores.overlap.masks[b][g].cpu().numpy()
+            answer["mask"] = mask_uri(mask, picture.size)
             answers.append(answer)
-        picture = one.image.resize(small, Image.Resampling.LANCZOS) if scale < 1 else one.image
-        image = data_uri(picture, "JPEG" if max(small) > PHOTOGRAPH else "PNG")
-        row = {"id": one.id, "query": one.query, "image": image, "size": list(one.image.size)}
-        rows.append(row | {"truth": mask_uri(one.mask, small), "completions": answers})
+        row = {"id": one.id, "query": one.query, "completions": answers}
+        rows.append(row | {"image": data_uri(picture), "truth": mask_uri(one.mask, picture.size)})
     return rows
 
 
 def token_texts(ids: list[int], tokenizer) -> list[str]:
-    """The text of each token. Joined without the special tokens, they are the decoded text.
+    """The text of each token. Joined, they are the decoded text, special tokens included.
 
     A character may need several tokens (an emoji up to four): its last token shows it, the others
-    are "". A token's spaces may depend on the token before it, so its text is what it adds to the
-    text of the tokens before it.
+    are "". So a token's text is what it adds to the text of all tokens before it.
     """
-    special = set(tokenizer.all_special_ids)
-    plain = [i for i in ids if i not in special]
-    texts, first, shown = [], 0, 0  # plain[:shown] is written; plain[first:shown] is the context
-    for k in range(1, len(plain) + 1):
-        before = tokenizer.decode(plain[first:shown])
-        added = tokenizer.decode(plain[first:k])[len(before) :]
-        if added.endswith("\ufffd") and k < len(plain):  # not yet a whole character
-            texts.append("")
-        else:
-            texts.append(added)
-            first, shown = shown, k
-    texts = iter(texts)
-    return [tokenizer.decode([i]) if i in special else next(texts) for i in ids]
+    texts = []
+    shown = ""
+    for k in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:k])
+        if k < len(ids):
+            text = text.rstrip("\ufffd")  # the sign for a character that is not whole yet
+        texts.append(text[len(shown) :])
+        shown = text
+    return texts
 
 
 def mask_uri(mask: np.ndarray, size: tuple[int, int]) -> str:
     """A mask (H, W) bool as a 1-bit PNG of this size (width, height)."""
-    return data_uri(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST), "PNG")
+    return data_uri(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
-def data_uri(image: Image.Image, kind: str) -> str:
-    """A picture as a data URI. kind: "PNG" or "JPEG"."""
+def data_uri(image: Image.Image) -> str:
+    """A picture as a data URI: masks and small pictures as PNG, any other as JPEG."""
+    kind = "JPEG" if image.mode == "RGB" and max(image.size) > PHOTOGRAPH else "PNG"
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=85, optimize=True)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

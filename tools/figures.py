@@ -1,21 +1,20 @@
 """figures.py - draw the figures of README and TUTORIAL again.
 
     python -m tools.figures readme RUN           scenes that the base model fails on; the curves
-    python -m tools.figures sheet RUN            the first held-out scenes before and after training
     python -m tools.figures seeds RUN RUN RUN    curves of several runs
     python -m tools.figures loop RUN             one group of completions, from scene to advantages
     python -m tools.figures mask                 the attention mask of a packed row
     python -m tools.figures tiers                accuracy rewards against IoU
 
 RUN is the folder of a finished run, such as runs/shapes-tiny-0. The figure is written to
-assets/NAME.png, or to --out FILE. benchmarks/ablations.py draws assets/ablations.png, and
-benchmarks/failures.py draws assets/failures.png. assets/demo.png is a screenshot, 1280 pixels wide:
-start tools.demo with --adapter RUN/adapter, press Ask, and let the trained model go on from the
-thought about the triangle.
+assets/NAME.png, or to --out FILE. benchmarks/ draws the other figures. assets/demo.png is a
+screenshot, 1280 pixels wide: start tools.demo with --adapter RUN/adapter, press Ask, and let the
+trained model go on from the thought about the triangle.
 """
 
 import argparse
 import json
+import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -27,12 +26,13 @@ from matplotlib.figure import Figure
 from data import Sample
 from grpo import Completions, group_advantages, may_attend, pack
 from plumbing import pictures
+from plumbing.errors import UserError, exit_with_one_line
 from plumbing.photos import load_data
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
 from plumbing.settings import Settings
 from plumbing.vlm import Prompts, load_vlm
-from reward import SamScorer, Scores, accuracy_reward, score_completions
+from reward import SamScorer, accuracy_reward, score_completions
 from samr1_mini import sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,22 +57,13 @@ def answer(run: Path, trained: bool, samples: list[Sample], group_size: int = 0)
     s = read_settings(run)
     s.group_size = group_size
     adapter = str(run / "adapter") if trained else "none"
-    policy = load_vlm(s.vlm, s.device, s.side, s.prompt, adapter, s.dtype, s.load_in_4bit)
-    prompts, generator = policy.read(samples), torch.Generator(policy.device).manual_seed(0)
+    policy = load_vlm(s.vlm, s.device, s.side, s.prompt, adapter, s.dtype)
+    prompts = policy.read(samples)
+    generator = torch.Generator(policy.device).manual_seed(0)
     completions = sample_completions(policy, prompts, s, generator, greedy=not group_size)
     texts = policy.texts(completions)
     scorer = SamScorer(load_sam(s.sam), policy.device)
     return texts, score_completions(scorer, samples, texts, policy.frame, keep_masks=True)
-
-
-def draw_answers(axes, samples: list[Sample], scores: Scores, name: str, queries: bool) -> None:
-    """One picture per sample: SAM's mask, the outline of the truth, box and points."""
-    for b, (ax, one) in enumerate(zip(axes, samples, strict=True)):
-        pictures.draw_mask(ax, one.image, scores.overlap.masks[b][0].cpu().numpy(), pictures.FOUND)
-        pictures.draw_outline(ax, one.mask, pictures.TRUTH)
-        pictures.draw_prompt(ax, scores.prompts[b][0])
-        ax.set_title(f"{name}: IoU {scores.iou[b, 0]:.2f}", fontsize=10)
-        ax.set_xlabel(textwrap.fill(one.query, 24) if queries else "", fontsize=10)
 
 
 def readme(run: Path, count: int = 5, search: int = 64) -> Figure:
@@ -85,28 +76,18 @@ def readme(run: Path, count: int = 5, search: int = 64) -> Figure:
     figure = Figure(figsize=(10, 7.8), dpi=110, layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(2.2, 1))
     grid = upper.subplots(2, count, squeeze=False)
-    for k, name in enumerate(("base", "trained")):
+    for row, name in zip(grid, ("base", "trained"), strict=True):
         _, scores = answer(run, name == "trained", samples)
-        draw_answers(grid[k], samples, scores, name, name == "trained")
+        for b, (axes, one) in enumerate(zip(row, samples, strict=False)):
+            mask = scores.overlap.masks[b][0].cpu().numpy()
+            pictures.draw_answer(axes, one.image, mask, scores.prompts[b][0], one.mask)
+            axes.set_title(f"{name}: IoU {scores.iou[b, 0]:.2f}", fontsize=10)
+            axes.set_xlabel(textwrap.fill(one.query, 24) if name == "trained" else "", fontsize=10)
     pictures.draw_legend(upper)
     panels = {"reward": "mean reward (of 6)", "iou": "IoU of sampled masks"}
     for axes, (name, title) in zip(lower.subplots(1, 2), panels.items(), strict=True):
         pictures.smooth(axes, read_metrics(run), name, "C0")
         axes.set_title(title, fontsize=10)
-    return figure
-
-
-def sheet(run: Path, count: int = 10) -> Figure:
-    """The first held-out scenes, without any choice: above the base model, below the trained."""
-    heldout = load_data(read_settings(run).data, "heldout")
-    samples = [heldout[k] for k in range(count)]
-    figure = Figure(figsize=(10, 10.6), dpi=110, layout="constrained")
-    grid = figure.subplots(4, count // 2)
-    axes = [[*grid[0], *grid[2]], [*grid[1], *grid[3]]]
-    for k, name in enumerate(("base", "trained")):
-        _, scores = answer(run, name == "trained", samples)
-        draw_answers(axes[k], samples, scores, name, name == "trained")
-    pictures.draw_legend(figure)
     return figure
 
 
@@ -125,8 +106,8 @@ def seeds(*runs: Path) -> Figure:
             label = f"seed {read_settings(run).seed}"
             pictures.smooth(axes, read_metrics(run), name, f"C{k}", label=label)
         axes.set_title(title, fontsize=10)
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(runs), fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(runs), fontsize=10)
     return figure
 
 
@@ -137,25 +118,23 @@ def loop(run: Path) -> Figure:
     texts, scores = answer(run, False, batch, group_size=4)
     rewards = scores.reward.tolist()
     b = next(b for b, row in enumerate(rewards) if len(set(row)) >= 3 and max(row) == 6)
+    advantages = group_advantages(scores.reward)[b].tolist()
     figure = Figure(figsize=(11, 5.8), dpi=100, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
     draw_scene_and_note(left, batch[b])
-    advantages = group_advantages(scores.reward)[b].tolist()
     columns = right.subplots(3, 4, height_ratios=(0.5, 1.7, 1)).T
     for g, (text, picture, bar) in enumerate(columns):
         text.set_axis_off()
         text.set_title(f"2. completion {g + 1}", fontsize=9, loc="left")
         style = dict(va="top", fontsize=8, family="monospace", parse_math=False)
-        text.text(0, 1, pictures.wrap(texts[b][g], 31), in_layout=False, **style)
+        text.text(0, 1, pictures.wrap(texts[b][g], 29), in_layout=False, **style)
         mask = scores.overlap.masks[b][g].cpu().numpy()
-        pictures.draw_mask(picture, batch[b].image, mask, pictures.FOUND)
-        pictures.draw_prompt(picture, scores.prompts[b][g])
+        pictures.draw_answer(picture, batch[b].image, mask, scores.prompts[b][g])
         picture.set_title(f"3. SAM's mask: IoU {scores.iou[b, g]:.2f}", fontsize=9)
-        names = ("accuracy", "think_format", "answer_format")
-        parts = [getattr(scores, name)[b, g].item() for name in names]
-        equation = " + ".join(f"{part:.0f}" for part in parts)
         draw_advantage(bar, advantages[g])
-        bar.set_title(f"4. reward {equation} = {sum(parts):.0f}", fontsize=9)
+        parts = [scores.accuracy[b, g], scores.think_format[b, g], scores.answer_format[b, g]]
+        equation = " + ".join(f"{part:.0f}" for part in parts)
+        bar.set_title(f"4. reward {equation} = {scores.reward[b, g]:.0f}", fontsize=9)
     return figure
 
 
@@ -185,42 +164,38 @@ def draw_advantage(axes, advantage: float) -> None:
     axes.set_xlabel(f"5. advantage {advantage:+.2f}", fontsize=9)
 
 
-def example_row() -> tuple[torch.Tensor, ...]:
-    """`grpo.pack` of a prompt of 5 tokens and completions of 3, 2 and 4 tokens."""
-    P, lengths = 5, (3, 2, 4)
-    positions = torch.arange(P).expand(3, 1, P)
-    prompts = Prompts(torch.arange(P)[None], torch.ones(1, P, dtype=torch.bool), positions, None)
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (G, T)
-    ids = torch.zeros(1, *mask.shape, dtype=torch.int64)
-    return pack(prompts, Completions(ids, mask[None]))
-
-
 def mask() -> Figure:
-    _, positions, segments, _, _ = example_row()
+    """The mask of `grpo.pack` for a prompt of 5 tokens and completions of 3, 2 and 4 tokens."""
+    P = 5
+    lengths = torch.tensor([3, 2, 4])
+    kept = torch.arange(4) < lengths[:, None]  # (G, T)
+    completions = Completions(torch.zeros(1, *kept.shape, dtype=torch.int64), kept[None])
+    everywhere = torch.ones(1, P, dtype=torch.bool)
+    prompts = Prompts(torch.arange(P)[None], everywhere, torch.arange(P).expand(3, 1, P), None)
+    _, positions, segments, _, _ = pack(prompts, completions)
     seen = may_attend(segments)[0]  # (L, L)
     L = len(seen)
-    names = ["prompt", "completion 1", "completion 2", "completion 3"]
     colours = ["#9aa0a6", "#4c78a8", "#f58518", "#54a24b"]
     figure = Figure(figsize=(7.4, 7.2), dpi=110, layout="constrained")
     axes = figure.subplots()
-    shown = torch.where(seen, segments[0][None] + 1, 0)
-    axes.imshow(shown, cmap=ListedColormap(["white", *colours]), vmin=0, vmax=4)
+    shown = torch.where(seen, segments[0] + 1, 0)
+    axes.pcolormesh(
+        shown, cmap=ListedColormap(["white", *colours]), vmin=0, vmax=4, edgecolor="#cccccc"
+    )
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
     ticks = positions[0, 0].tolist()
-    axes.set_xticks(range(L), ticks)
-    axes.set_yticks(range(L), ticks)
-    axes.set_xticks([x - 0.5 for x in range(L)], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(L)], minor=True)
-    axes.grid(which="minor", color="#cccccc", linewidth=0.5)
-    axes.tick_params(which="minor", length=0)
-    for k, (name, colour) in enumerate(zip(names, colours, strict=True)):
+    axes.set_xticks([k + 0.5 for k in range(L)], ticks)
+    axes.set_yticks([k + 0.5 for k in range(L)], ticks)
+    for k, colour in enumerate(colours):
+        name = f"completion {k}" if k else "prompt"
         places = (segments[0] == k).nonzero()[:, 0].tolist()
-        middle = (places[0] + places[-1]) / 2
+        middle = (places[0] + places[-1] + 1) / 2
         style = dict(fontsize=9, backgroundcolor=colour + "60")
-        axes.text(middle, -1, name.replace(" ", "\n"), ha="center", va="bottom", **style)
-        axes.text(L - 0.3, middle, name, ha="left", va="center", **style)
-        if k:
-            axes.axhline(places[0] - 0.5, color="black", linewidth=1)
-            axes.axvline(places[0] - 0.5, color="black", linewidth=1)
+        axes.text(middle, -0.5, name.replace(" ", "\n"), ha="center", va="bottom", **style)
+        axes.text(L + 0.2, middle, name, ha="left", va="center", **style)
+        axes.axhline(places[0], color="black", linewidth=1)
+        axes.axvline(places[0], color="black", linewidth=1)
     axes.set_xlabel("key: position of the token (each completion continues after the prompt)")
     axes.set_ylabel("query: position of the token")
     return figure
@@ -241,33 +216,29 @@ def tiers() -> Figure:
     return figure
 
 
-FIGURES = {
-    "readme": readme,
-    "sheet": sheet,
-    "seeds": seeds,
-    "loop": loop,
-    "mask": mask,
-    "tiers": tiers,
-}
+FIGURES = {"readme": readme, "seeds": seeds, "loop": loop, "mask": mask, "tiers": tiers}
+WITHOUT_RUN = ("mask", "tiers")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m tools.figures", None, __doc__, formatter_class=form)
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("run", type=Path, nargs="*", help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="file to write (default: assets/FIGURE.png)")
     options = parser.parse_args(argv)
-    needed = {"mask": 0, "tiers": 0, "seeds": len(options.run) or 1}.get(options.figure, 1)
-    if len(options.run) != needed:
-        parser.exit(2, f"figures.py: {options.figure} needs {needed} folder(s) of finished runs\n")
+    name = options.figure
+    count = 0 if name in WITHOUT_RUN else 1
+    if len(options.run) != count and not (name == "seeds" and options.run):
+        raise UserError(f"{name} needs {count} folder(s) of finished runs")
     for run in options.run:
-        if missing := [f for f in ("config.json", "metrics.jsonl") if not (run / f).is_file()]:
-            parser.exit(2, f"figures.py: {run} is not a finished run: it has no {missing[0]}\n")
-    out = options.out or ROOT / "assets" / f"{options.figure}.png"
-    save_figure(FIGURES[options.figure](*options.run), out)
+        if not (run / "metrics.jsonl").is_file():
+            raise UserError(f"{run} is not a finished run: it has no metrics.jsonl")
+    out = options.out or ROOT / "assets" / f"{name}.png"
+    save_figure(FIGURES[name](*options.run), out)
     print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])
