@@ -15,10 +15,10 @@ from transformers import AutoModelForImageTextToText
 import samr1_mini
 from data import Shapes, messages
 from plumbing.errors import UserError
-from plumbing.settings import DemoSettings
 from plumbing.vlm import vlm_path
 from reward import score_completions
 from tools import demo
+from tools.demo import DemoSettings
 
 HOSTILE = '</textarea><img src=x onerror="alert(1)"><script>alert(2)</script>'
 THOUGHT = "the red circle is at the middle right"  # about one of the shapes of scene 3

@@ -15,6 +15,7 @@ import html
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,12 @@ from PIL import Image, ImageOps
 
 from data import Sample, Shapes
 from plumbing import pictures
-from plumbing.command_line import parse
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.photos import check_plain, check_query, read_picture
-from plumbing.sam import load_sam
-from plumbing.settings import PRESET_VALUES, DemoSettings, problem
-from plumbing.vlm import load_vlm
-from reward import SamScorer, Scores, score_completions
-from samr1_mini import sample_completions
+from plumbing.settings import Models, parse, setting
+from plumbing.starts import read_with_starts
+from reward import Scores, score_completions
+from samr1_mini import load_policy, load_scorer, sample_completions
 
 SCENES = Shapes("heldout")
 FIRST = 2  # number of the scene that the page opens with: three shapes that stand apart
@@ -50,32 +49,47 @@ UNTRAINED = """This is the base model. To see a trained one beside it, train one
 """
 
 
+@dataclass
+class DemoFlags:
+    _argument_group_name = "page"
+    adapter: str = setting("none", "folder of a trained adapter, or none for the base model alone")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines ask too")
+    port: int = setting(7860, "port to listen on")
+
+
+@dataclass
+class DemoSettings(Models, DemoFlags):
+    """A page to try a model, and to change its thought. See the top of tools/demo.py."""
+
+
 class Asker:
     """The base model, the trained model if there is an adapter, and SAM."""
 
     def __init__(self, s: DemoSettings):
         self.settings = s
         self.trained = s.adapter != "none"
-        sam = load_sam(s.sam)
-        self.policy = load_vlm(s.vlm, s.device, s.side, s.prompt, s.adapter, s.dtype)
-        self.scorer = SamScorer(sam, self.policy.device, offload=s.save_memory >= 3)
+        self.policy = load_policy(s, s.adapter)
+        self.scorer = load_scorer(s, self.policy.device)
 
     def complete(self, sample: Sample, trained: bool, start: str = "") -> str:
         """The greedy completion that begins with `start`."""
         policy = self.policy
         off = self.trained and not trained
         with policy.model.disable_adapter() if off else contextlib.nullcontext():
-            prompts = policy.read([sample], [start])
+            prompts = read_with_starts(policy, [sample], [start])
             completions = sample_completions(policy, prompts, self.settings, greedy=True)
         text = policy.texts(completions)[0][0]
         return start + text.removeprefix(policy.opening) if start else text
 
     def score(self, sample: Sample, text: str) -> Scores:
         """The reward of one completion, (1, 1), with its mask."""
-        style = self.policy.prompt
-        extent = self.policy.frame
         return score_completions(
-            self.scorer, [sample], [[text]], extent, keep_masks=True, style=style
+            self.scorer,
+            [sample],
+            [[text]],
+            extent=self.policy.extent,
+            keep_masks=True,
+            style=self.policy.prompt,
         )
 
 
@@ -90,7 +104,7 @@ def uploaded_picture(file: str) -> Sample:
     """A picture of the user's, scaled down to LARGEST. Raises UserError if it cannot be used."""
     try:
         image = read_picture(file)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three
+    except UserError as error:
         raise UserError(str(error).replace(file, Path(file).name)) from error
     image.thumbnail((LARGEST, LARGEST))
     return without_mask(image, "")
@@ -143,7 +157,7 @@ def with_message(gr, handler, *arguments):
     """handler(*arguments), with a message on the page about what cannot be used."""
     try:
         return handler(*arguments)
-    except (UserError, ValueError) as error:
+    except UserError as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
 
@@ -187,8 +201,7 @@ def build_page(gr, asker: Asker):
 
 
 def main(argv: list[str]):
-    about = "A page to try a model, and to change its thought. See the top of tools/demo.py."
-    s = parse(DemoSettings, argv, "python -m tools.demo", about, PRESET_VALUES, set(), problem)
+    s = parse(DemoSettings, argv, program="python -m tools.demo")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio would report its use
     try:
         import gradio as gr

@@ -27,10 +27,10 @@ from data import Sample
 from grpo import Completions, group_advantages, may_attend, pack
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.photos import load_data
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
 from plumbing.settings import Settings
+from plumbing.sources import load_data
 from plumbing.vlm import Prompts, load_vlm
 from reward import SamScorer, accuracy_reward, score_completions
 from samr1_mini import sample_completions
@@ -63,7 +63,7 @@ def answer(run: Path, trained: bool, samples: list[Sample], group_size: int = 0)
     completions = sample_completions(policy, prompts, s, generator, greedy=not group_size)
     texts = policy.texts(completions)
     scorer = SamScorer(load_sam(s.sam), policy.device)
-    return texts, score_completions(scorer, samples, texts, policy.frame, keep_masks=True)
+    return texts, score_completions(scorer, samples, texts, policy.extent, keep_masks=True)
 
 
 def readme(run: Path, count: int = 5, search: int = 64) -> Figure:
