@@ -1,12 +1,13 @@
 """vlm.py - running a Qwen-VL model: loading, chat template, image features, a CUDA graph."""
 
+import logging
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -16,6 +17,12 @@ from plumbing.devices import choose_device, choose_dtype, four_bit, keep_gradien
 
 # peft asks for this property of every model. The warning does not concern the user.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+# peft imports bitsandbytes where that is installed. On some CPUs, bitsandbytes then logs that a
+# kernel for 4 bit is missing, which concerns only commands that ask for 4 bit. This must come
+# before the first import of peft, so peft is imported where it is used.
+if not any("4bit" in argument for argument in sys.argv):
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # What transformers raises on a folder that holds no model, or a damaged one.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError)
@@ -227,6 +234,8 @@ def load_vlm(
         if coordinates == "pixels" and side % patch:
             raise ValueError(f"the model would see another size: use a multiple of {patch}")
     if adapter != "none":
+        from peft import PeftModel
+
         with exit_on_error(f"--adapter {adapter}", Exception):  # a bad file can raise anything
             if not (Path(adapter) / "adapter_config.json").is_file():
                 raise FileNotFoundError("no adapter_config.json there: name a RUN/adapter")
