@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 from data import BadSample, Sample
@@ -68,6 +67,8 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bo
 
     The base model stays frozen. With the adapter switched off it is the reference policy.
     """
+    from peft import LoraConfig, get_peft_model  # after plumbing, see plumbing/__init__.py
+
     torch.manual_seed(seed)
     lora = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"

@@ -1,6 +1,5 @@
 """vlm.py - running a Qwen-VL model: loading, chat template, image features, positions."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from data import Sample, messages
 from plumbing.devices import choose_device, choose_dtype
 from plumbing.errors import UserError, reason_of
-
-# peft asks for this property of every model. The warning does not concern the user.
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 @dataclass

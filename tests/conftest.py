@@ -1,4 +1,4 @@
-"""Fixtures that the tests share, loaded once a session, and the marks of the tests."""
+"""Fixtures that the tests share, loaded once a session, and how unsolved exercises are skipped."""
 
 import re
 import sys
@@ -17,13 +17,6 @@ from reward import SamScorer
 
 torch.set_num_threads(1)  # the matrices are too small to share between threads
 torch.set_flush_denormal(True)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: takes over two seconds; -m "not slow" leaves it out')
-    for number in range(1, 11):
-        meaning = f"exercise_{number}: a test of exercise {number} of the assignment"
-        config.addinivalue_line("markers", meaning)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,59 @@
+"""What a user sees on the terminal: lines and bars of the program, no library's warnings."""
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+
+TRAIN = "train --steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 4 --out {tmp}/run"
+EVAL = "eval --limit 2 --out {tmp}/eval"
+SEGMENT = "segment --image {root}/assets/tiers.png --query star --out {tmp}/found.png"
+
+TABLE = [r" +gIoU +cIoU .*", r"(base|before|after|ceiling) +[\d. -]+"]
+OWN_LINES = {
+    TRAIN: [
+        *TABLE,
+        r"gap to the ceiling closed: .*",
+        r"mean reward \(of 6\): .*",
+        r"sampled mask IoU: .*",
+        r"ratio clipped below .*",
+        r"written to .*",
+    ],
+    EVAL: [*TABLE, r"written to .*", r"--protocol (lisa|segzero).*"],
+    SEGMENT: [r'\{"query": "star", .*\}'],
+}
+# Bars of tqdm: two of ours, and that of transformers, which a large model needs.
+BARS = r"(train|eval \w+|Loading weights): +\d+%\|.*"
+
+
+def strangers(text: str, own: list[str]) -> list[str]:
+    """The lines that match no pattern. A bar returns to the start of its line and overwrites it."""
+    lines = re.split(r"[\r\n]", text)
+    return [line for line in lines if line.strip() and not any(re.fullmatch(p, line) for p in own)]
+
+
+@pytest.mark.parametrize("command", [TRAIN, EVAL, SEGMENT], ids=["train", "eval", "segment"])
+def test_a_command_prints_only_its_own_lines(command, tmp_path):
+    typed = command.format(tmp=tmp_path, root=ROOT).split()
+    program = [sys.executable, "samr1_mini.py", *typed]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert strangers(done.stdout, OWN_LINES[command]) == []
+    assert strangers(done.stderr, [BARS]) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"), [([], logging.ERROR), (["--dtype", "4bit"], logging.NOTSET)]
+)
+def test_bitsandbytes_is_quiet_until_4_bit_is_asked_for(flags, level):
+    """Whether it warns depends on the CPU, so this reads the level of its logger."""
+    asked = "import logging, plumbing.vlm; print(logging.getLogger('bitsandbytes').level)"
+    program = [sys.executable, "-c", asked, *flags]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout == f"{level}\n", done.stderr
