@@ -243,7 +243,7 @@ def parse(cls: type, argv: list[str], program: str):
 
 def read_config(out: str, names: set[str]) -> dict:
     """The settings in the folder of a run. Raises UserError if they are not those of `names`."""
-    file = Path(out) / "config.json"
+    file = Path(out).expanduser() / "config.json"
     if not out or not file.is_file():
         raise UserError(
             f"--resume: there is no run in --out {out or '(not given)'}: name its folder"
