@@ -138,19 +138,36 @@ def check_family(config: PretrainedConfig, vlm: str) -> None:
         raise UserError(f"--vlm {vlm}: it has layers with {found}, not full attention: {KNOWN}")
 
 
+def check_processor(processor, config: PretrainedConfig, vlm: str) -> None:
+    """Raise UserError if the processor's files belong to another model."""
+    image, tokens, vision = processor.image_processor, processor.tokenizer, config.vision_config
+    of_files = image.patch_size, image.merge_size, processor.image_token_id
+    of_model = vision.patch_size, vision.spatial_merge_size, config.image_token_id
+    if of_files != of_model or len(tokens) > config.text_config.vocab_size:
+        raise UserError(
+            f"--vlm {vlm}: its processor or tokenizer is of another model (patch, merge, image "
+            f"token {of_files} in place of {of_model}, {len(tokens)} tokens): fetch all files again"
+        )
+
+
 def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, options: dict):
     """The processor and the model that --vlm names, with all of its weights and no others.
 
     options: of `from_pretrained`. Raises UserError.
     """
     path, found = weights.find_model(vlm_path(vlm), f"--vlm {vlm}")
-    hint = ""
+    flag = f"--vlm {vlm}"
     try:
         config = AutoConfig.from_pretrained(path, **found)
         check_family(config, vlm)
         if quantised := getattr(config, "quantization_config", None):
-            hint = f"its config.json says {quantised.get('quant_method')}, quantised weights: "
+            flag += (
+                f": config.json says that its weights are quantised ({quantised['quant_method']})"
+            )
+        if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
+            raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
         processor = AutoProcessor.from_pretrained(path, **found)
+        check_processor(processor, config, vlm)
         with weights.without_warnings():
             model, info = AutoModelForImageTextToText.from_pretrained(
                 path,
@@ -162,22 +179,22 @@ def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, o
                 **options,
             )
         model = model.to(device)
-        template_end(processor)  # raises an error if a file of the processor is missing
+        template_end(processor)  # raises an error without a chat template
     except UserError:
         raise
     except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
-        raise UserError(f"--vlm {vlm}: {hint}{weights.unreadable(path, error)}") from error
+        raise UserError(f"{flag}: {weights.unreadable(path, error)}") from error
     weights.check_keys(
         missing=info["missing_keys"],
         unknown=info["unexpected_keys"],
         sizes={key: (given, expected) for key, given, expected in info["mismatched_keys"]},
-        what=f"--vlm {vlm}",
+        what=flag,
         mend="fetch all files of its folder again",
     )
     mend = "its file is damaged: fetch it again"
     if model.dtype == torch.float16:
         mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"
-    weights.check_finite(model.named_parameters(), f"--vlm {vlm} in {model.dtype}", mend)
+    weights.check_finite(model.named_parameters(), f"{flag} in {model.dtype}", mend)
     return processor, model
 
 
@@ -266,6 +283,7 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         reason = weights.unreadable(str(folder), error)
         raise UserError(f"{flag}: it does not fit: {reason}") from error
     config = model.active_peft_config
+    trained_on = config.base_model_name_or_path
     if config.is_prompt_learning:
         raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
     missing = {key.replace(".default", "") for key in keys.missing_keys}
@@ -275,6 +293,6 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         unknown=keys.unexpected_keys,
         sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
         what=flag,
-        mend=f"it was trained on {config.base_model_name_or_path}: use that --vlm, or fetch it again",
+        mend=f"it was trained on {trained_on}: use that --vlm, or fetch it again",
     )
     return model

@@ -59,9 +59,9 @@ def read_tensors(file: Path, flag: str) -> dict:
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise anything; this block only reads
-        reason = "it is truncated or not a checkpoint; fetch it again"
         raise UserError(
-            f"{flag}: {file} cannot be read as weights: {reason} ({reason_of(error)})"
+            f"{flag}: {file} cannot be read as weights ({type(error).__name__}): it is truncated, "
+            "or holds something else than tensors: fetch it again"
         ) from error
     if not isinstance(tensors, dict):
         raise UserError(f"{flag}: {file} holds a {type(tensors).__name__}, not named weights")
@@ -87,7 +87,7 @@ def find_model(name: str, flag: str) -> tuple[str, dict]:
     if folder.is_dir():
         for file in sorted(folder.glob("*.j*")):  # .json, .jinja: not all of them are missed later
             if file.is_file() and (fault := fault_of(file)):
-                raise UserError(f"{flag}: {file} {fault}")
+                raise UserError(f"{flag}: {file.name} {fault}")
         return str(folder), options
     if folder.exists():
         raise UserError(f"{flag}: this is a file: name the folder of a model")
@@ -162,7 +162,7 @@ def check_keys(missing: Iterable[str], unknown: Iterable[str], sizes: dict, what
     """
     faults = []
     if missing := sorted(missing):
-        faults.append(f"it lacks {len(missing)} of its weights ({missing[0]})")
+        faults.append(f"lacks {len(missing)} of its weights ({missing[0]})")
     if unknown := sorted(unknown):
         faults.append(f"has {len(unknown)} that the model does not have ({unknown[0]})")
     if sizes:
@@ -170,7 +170,7 @@ def check_keys(missing: Iterable[str], unknown: Iterable[str], sizes: dict, what
         given, expected = (" x ".join(map(str, shape)) for shape in sizes[key])
         faults.append(f"has {len(sizes)} in another size ({key}: {given} in place of {expected})")
     if faults:
-        raise UserError(f"{what}: {', '.join(faults)}: {mend}")
+        raise UserError(f"{what}: it {', '.join(faults)}: {mend}")
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str, mend: str) -> None:
