@@ -201,6 +201,7 @@ def load_checkpoint(out: Path, model, optimizer, generator, scaler=None) -> tupl
             what=f"--resume: the adapter in {file}",
             mend="use the --vlm and the versions of peft and transformers that wrote it",
         )
+        weights.check_finite(state["adapter"].items(), f"--resume: {file}", "start another run")
         set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
