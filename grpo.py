@@ -287,8 +287,8 @@ def rollout(
         logits = decode.step(tokens[-1])
     if not finite.all():
         raise UserError(
-            f"the policy's logits are NaN or infinite in {logits.dtype}: use another --dtype than "
-            "float16, or a lower --lr; the last checkpoint stays"
+            f"the policy's logits are not finite in {logits.dtype}: with float16, use another "
+            "--dtype; in training, lower --lr: the last checkpoint stays"
         )
     return Completions(
         ids=torch.stack(tokens, -1).view(len(prompts), G, -1).cpu(),

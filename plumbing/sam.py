@@ -124,10 +124,10 @@ def load_sam(spec: str) -> Sam:
     compare(
         expected=shapes(sam.state_dict()),
         given=shapes(given),
-        what=f"--sam {spec}: {file} is not a SAM {size}",
+        what=f"--sam {spec}: it is not a SAM {size}",
         mend=f"name the size it belongs to: {KNOWN_SAMS}",
     )
-    check_finite(given.items(), f"--sam {spec}: {file}", "it is damaged: fetch it again")
+    check_finite(given.items(), f"--sam {spec}", "it is damaged: fetch it again")
     sam.load_state_dict(given)
     return sam
 

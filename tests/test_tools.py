@@ -73,7 +73,7 @@ def test_bad_arguments_of_merge_are_named(adapter, tmp_path):
     assert "adapter_config.json" in refused(adapter.parent, "out", "--vlm", "tiny")
     assert "name a new folder" in refused(adapter, "run")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
-    assert "does not fit" in refused(adapter, "out")
+    assert "is damaged or truncated" in refused(adapter, "out")
     (adapter.parent / "config.json").unlink()
     assert "name the --vlm" in refused(adapter, "out")
     assert not (tmp_path / "out").exists()
