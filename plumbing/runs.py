@@ -90,7 +90,7 @@ def open_run(s, name: str) -> Path:
         out = Path(f"{name}-{number}")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK)
+    lock = FileLock(out / LOCK, is_singleton=True)  # this process may open it again
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
