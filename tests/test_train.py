@@ -351,7 +351,8 @@ def test_saving_memory_does_not_change_the_gradients(monkeypatch):
     """All prompts in one pass; one prompt in a pass; and layers computed again for the gradient."""
     attention = modeling_qwen2_5_vl.Qwen2_5_VLAttention
     forward = attention.forward
-    gradients, sides, calls = [], [], Counter()
+    gradients, sides = [], []
+    calls = Counter()  # of attention layers with gradient, for each level
 
     def count(*args, **options):
         calls[len(sides)] += torch.is_grad_enabled()
@@ -417,7 +418,6 @@ def test_the_learning_rate_rises_then_decays():
     assert optimizer.param_groups[0]["lr"] == rates[99]
 
 
-@pytest.mark.slow
 def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
     """Counts calls for 3 prompts of 4 completions and 2 updates.
 
@@ -531,8 +531,3 @@ def test_an_evaluation_scores_three_prompts_and_counts_by_hand(scorer, monkeypat
             assert row[prefix + "iou"] == pytest.approx(overlap.iou[0, k].item())
         hits = sum(one.mask[int(y), int(x)] for x, y in row["points"])
         assert row["points_inside"] == hits / 2
-    metrics = samr1_mini.compute_metrics(rows)
-    assert metrics["giou"] == pytest.approx(np.mean([row["iou"] for row in rows]))
-    assert metrics["ciou"] == pytest.approx(
-        sum(row["intersection"] for row in rows) / sum(row["union"] for row in rows)
-    )
