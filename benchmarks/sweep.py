@@ -203,7 +203,7 @@ def table(columns: list[str], rows: dict[str, list[dict]]) -> str:
     lines = [f"| | {' | '.join(columns)} | {columns[0]} by seed |"]
     lines.append("|---" * (len(columns) + 2) + "|")
     first = next(runs[0] for runs in rows.values() if runs)
-    for name in ("before", "ceiling"):
+    for name in ("before", "ceiling") if columns[0] in first["before"] else ():
         cells = [f"{first[name][c]:.3f}" if c in first[name] else "" for c in columns]
         lines.append(f"| {name} | {' | '.join(cells)} | |")
     for name, runs in rows.items():
@@ -226,7 +226,6 @@ def draw_dots(axes, rows: dict[str, list[dict]], column: str) -> None:
         axes.plot(k, statistics.mean(values), "_", color="C1", markersize=24, markeredgewidth=2.5)
     axes.set_xticks(range(len(rows)), rows, fontsize=8, rotation=20)
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_title(column.replace(":", " "), fontsize=10)
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -243,13 +242,18 @@ def draw_curves(axes, rows: dict[str, list[dict]], name: str) -> None:
 
 def draw_ablations(rows: dict[str, list[dict]]) -> Figure:
     """Dots of each setting by table of the paper, and curves with and without the KL term."""
-    groups = ("fixed 0.5", "fixed 0.7", "fixed 0.8", "raw IoU"), list(rows)[4:7], ("no KL",)
+    groups = {
+        "Table 3: accuracy reward": ("fixed 0.5", "fixed 0.7", "fixed 0.8", "raw IoU"),
+        "Table 4: objective": ("GRPO", "token-level", "higher clip"),
+        "Figure 4a: KL term": ("no KL",),
+    }
     figure = Figure(figsize=(12, 10), dpi=100, layout="constrained", facecolor="white")
     grid = figure.subplots(3, 3)
     for line, column in zip(grid, ("giou", "mean:iou"), strict=False):
-        for axes, names in zip(line, groups, strict=True):
+        for axes, (title, names) in zip(line, groups.items(), strict=True):
             shown = {name: rows[name] for name in names}
             draw_dots(axes, shown | {"the paper's": rows["mask"]}, column)
+            axes.set_title(f"{title}, {column.replace(':', ' ')}", fontsize=10)
     for axes, name in zip(grid[2], ("iou", "entropy", "kl"), strict=True):
         draw_curves(axes, {"with KL": rows["mask"], "no KL": rows["no KL"]}, name)
         axes.legend(fontsize=8)
