@@ -100,15 +100,18 @@ def plain_logprobs(model, prompts: Prompts, ids: torch.Tensor) -> torch.Tensor:
     P = prompts.ids.shape[1]
     text_positions = prompts.positions.max() + 1 + torch.arange(R)
     positions = [prompts.positions.expand(-1, N, -1), text_positions.expand(3, N, -1)]
-    features = list(prompts.vision.pooler_output) * N
+    vision = prompts.vision  # Qwen3-VL has more in it than pooler_output
+    if N > 1:
+        features = list(prompts.vision.pooler_output) * N
+        vision = BaseModelOutputWithPooling(pooler_output=features)
     logits = base(model)(
         input_ids=torch.cat([prompts.ids.expand(N, -1), ids], 1).to(DEVICE),
         position_ids=torch.cat(positions, 2).to(DEVICE),
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+        mm_encoder_outputs={"image": vision},
         use_cache=False,
         logits_to_keep=torch.arange(P - 1, P + R - 1, device=DEVICE),
     ).logits
-    return logits.log_softmax(-1).gather(-1, ids.to(DEVICE)[..., None])[..., 0]
+    return logits.float().log_softmax(-1).gather(-1, ids.to(DEVICE)[..., None])[..., 0]
 
 
 def forward_backward(
