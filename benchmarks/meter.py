@@ -6,6 +6,7 @@ show medians, and the ratio of each way to ours.
 
 import multiprocessing
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +16,6 @@ from unittest import mock
 
 import psutil
 import torch
-
-from plumbing.runs import peak_mib
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Settings of glibc's malloc. For the time, it keeps freed memory, else page faults take much of the
@@ -31,7 +30,6 @@ RETURN_FREED = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_MMAP_MAX_": "1000000",
 }
-RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the process
 
 
 def now() -> float:
@@ -93,13 +91,17 @@ def resident_mib() -> float:
 
 
 def added_mib(function: Callable, *arguments) -> float:
-    """Peak memory that a call adds, in MiB. Without Linux, the peak since the process began."""
-    if RESET_PEAK.exists():
-        RESET_PEAK.write_text("5")
-    peak_mib(DEVICE)  # resets the peak of the GPU
+    """Peak memory that a call adds, in MiB. On a CPU it needs Linux."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident size
     before = resident_mib()
     function(*arguments)
-    return peak_mib(DEVICE) - before
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20 - before
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10 - before
 
 
 def in_new_process(function: Callable, *arguments, threads: int, malloc: dict[str, str]):
