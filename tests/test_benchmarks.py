@@ -142,11 +142,10 @@ def test_a_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_run_with_wrong_coordinates_reads_thousandths(tmp_path):
-    for name in ("sound", "wrong coordinates"):
-        sweep.train(tmp_path / name, name, f"--steps 1 --eval_samples 8 {QUICK}")
-    sound, wrong = (sweep.read_run(tmp_path / name) for name in ("sound", "wrong coordinates"))
-    assert sound["before"]["format"] == wrong["before"]["format"]
-    assert sound["before"]["box"] > 0 == wrong["before"]["box"]  # all boxes lie in a corner
+    run = tmp_path / "wrong"
+    sweep.train(run, "wrong coordinates", f"--steps 1 --eval_samples 8 {QUICK}")
+    before = sweep.read_run(run)["before"]
+    assert before["format"] > 0.5 and before["box"] == 0  # all boxes lie in a corner
 
 
 # --------------------------------------------------------------------------------------------------
