@@ -35,12 +35,12 @@ from benchmarks.logprobs import plain_logprobs
 from benchmarks.meter import DEVICE, in_new_process
 from benchmarks.random_models import random_policy
 from data import Shapes
-from plumbing.memory import expected_memory
+from plumbing import decoding
 from plumbing.runs import PhaseTimer
 from plumbing.sam import SAM_SIZES, build_sam
 from plumbing.settings import parse_settings
-from plumbing.vlm import vlm_path
 from reward import SamScorer, score_completions
+from tools.memory import expected_memory
 
 GIB = 2**30
 CARD = 23 * GIB
@@ -48,19 +48,19 @@ PARTS = ("qwen2b", "qwen3b", "qwen7b", "qwen3b-4bit", "qwen7b-4bit")
 PHASES = ("rollout", "reward", "logprobs", "update")
 ANSWER = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
 TOY = """--vlm tiny --sam tiny --side 64 --max_new_tokens 8 --prompts_per_step 2 --group_size 2
-    --save_memory 1 --load_in_4bit false"""
+    --save_memory 1 --dtype auto"""
 
 
 def settings_of(part: str, flags: list[str]):
     """Settings of `train` for a part, "qwen7b-4bit" for example."""
     preset, _, four_bit = part.partition("-")
     argv = ["--preset", preset, "--data", "shapes"]
-    return parse_settings("train", [*argv, *["--load_in_4bit"] * bool(four_bit), *flags])
+    return parse_settings("train", [*argv, *["--dtype", "4bit"] * bool(four_bit), *flags])
 
 
 def expected_gib(s) -> dict[str, float]:
     """Peak memory of each phase by the arithmetic of tools.memory."""
-    phases = expected_memory(s, vlm_path(s.vlm), samr1_mini.LORA_TARGETS).items()
+    phases = expected_memory(s).items()
     return {phase: sum(size for size, _ in parts.values()) / GIB for phase, parts in phases}
 
 
@@ -83,14 +83,14 @@ def measure(part: str, steps: int, flags: list[str]) -> dict:
     optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)
     batch = [Shapes("train")[i] for i in range(s.prompts_per_step)]
-    texts = fixed_answers(s, policy.frame)
+    texts = fixed_answers(s, policy.extent)
     rows = []
     for _ in range(steps):
         timer = PhaseTimer(policy.device)
         prompts = policy.read(batch)
         completions = samr1_mini.sample_completions(policy, prompts, s, generator)
         timer.end("rollout")
-        scores = score_completions(scorer, batch, texts, policy.frame, style=policy.prompt)
+        scores = score_completions(scorer, batch, texts, policy.extent, style=policy.prompt)
         advantages = grpo.group_advantages(scores.reward)
         timer.end("reward")
         old, reference = samr1_mini.fixed_logprobs(policy, prompts, completions, s)
@@ -132,7 +132,15 @@ def decode(policy, prompts, s, forced: torch.Tensor | None = None):
     choose_token = grpo.choose_token
     new = min(64, s.max_new_tokens)
     with mock.patch.object(grpo, "choose_token", choose):
-        grpo.rollout(policy.model, prompts, s.group_size, new, policy.end, policy.banned)
+        grpo.rollout(
+            policy.model,
+            prompts,
+            s.group_size,
+            new,
+            policy.end,
+            policy.banned,
+            decoder=decoding.StaticDecoder,
+        )
     return torch.stack(tokens, 1), torch.stack(logprobs, 1)
 
 
@@ -147,10 +155,10 @@ def check_logprobs(policy, s) -> dict:
         graphs.append(record_graph(forward))
         return graphs[-1]
 
-    record_graph = grpo.record_graph
-    with mock.patch.object(grpo, "record_graph", record):
+    record_graph = decoding.record_graph
+    with mock.patch.object(decoding, "record_graph", record):
         tokens, with_graph = decode(policy, prompts, s)
-    with mock.patch.object(grpo, "record_graph", lambda forward: None):
+    with mock.patch.object(decoding, "record_graph", lambda forward: None):
         _, without = decode(policy, prompts, s, forced=tokens)
     completions = grpo.Completions(tokens[None].cpu(), torch.ones_like(tokens[None].cpu()).bool())
     none = policy.banned[:0]

@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks import meter
 from benchmarks.meter import DEVICE
 from grpo import Completions, group_logprobs
-from plumbing.memory import published_config
+from plumbing.published import published_config
 from plumbing.vlm import Prompts, base, encode_prompts
 from samr1_mini import LORA_TARGETS
 

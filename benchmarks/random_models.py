@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, initialization
 
-from plumbing.memory import published_config
+from plumbing.published import published_config
 from plumbing.vlm import vlm_path
 
 

@@ -24,6 +24,7 @@ from benchmarks.meter import DEVICE, print_table, seconds_of, take_turns
 from benchmarks.random_models import medium_vlm
 from data import messages
 from grpo import rollout
+from plumbing.decoding import StaticDecoder
 from plumbing.vlm import encode_prompts
 
 G, NEW, SIDE = 8, 64, 840  # completions, tokens of each, pixels
@@ -54,8 +55,17 @@ def sample(way: str, model, inputs, banned: torch.Tensor, new: int, greedy=False
     if way == "ours":
         prompts = encode_prompts(model, inputs)
         end = torch.tensor([NEVER], device=DEVICE)
-        temperature = 0.0 if greedy else 1.0
-        return rollout(model, prompts, G, new, end, banned, temperature=temperature).ids[0]
+        completions = rollout(
+            model,
+            prompts,
+            G,
+            max_new_tokens=new,
+            end=end,
+            banned=banned,
+            temperature=0.0 if greedy else 1.0,
+            decoder=StaticDecoder,
+        )
+        return completions.ids[0]
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     if way == "repeated":
         pixels = inputs.pop("pixel_values").repeat(G, 1)

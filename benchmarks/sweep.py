@@ -95,7 +95,7 @@ SWEEPS = {
     ),
 }
 # The reward reads thousandths, while the policy answers in pixels. No flag does this.
-PATCH = "import sys, samr1_mini as s; s.Policy.frame = 1000; s.main(sys.argv[1:])"
+PATCH = "import sys, samr1_mini as s; s.Policy.extent = 1000; s.main(sys.argv[1:])"
 
 # --------------------------------------------------------------------------------------------------
 # Training
@@ -273,7 +273,7 @@ def draw_failures(rows: dict[str, list[dict]]) -> Figure:
 
 def target_sort(index: int) -> str:
     """The sort of a held-out scene's target: "inlay", "ring" or "covered" if it is hard (see
-    `data.Thing.hard`), else "plain"."""
+    `plumbing.scenes.Thing.hard`), else "plain"."""
     _, things, _, target = Shapes("heldout").scene(index)
     if not things[target].hard:
         return "plain"

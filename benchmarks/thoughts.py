@@ -28,19 +28,20 @@ import torch
 from matplotlib.figure import Figure
 
 import samr1_mini
-from data import Sample, Shapes, Thing
+from data import Sample, Shapes
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
+from plumbing.rewards import box_ious
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
-from plumbing.scenes import points_inside, taught_thought
+from plumbing.scenes import Thing, points_inside, taught_thought
 from plumbing.settings import parse_settings
+from plumbing.starts import read_with_starts
 from plumbing.vlm import Policy, load_vlm
 from reward import (
     Answer,
     SamPrompt,
     SamScorer,
-    box_ious,
     intersection_and_union,
     parse_answer,
     sam_prompt,
@@ -113,7 +114,7 @@ def thought(thing: Thing, size: tuple[int, int]) -> str:
 
 def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> list[str]:
     """Greedy completions that begin with the given texts, one for each sample."""
-    prompts = policy.read(samples, starts)
+    prompts = read_with_starts(policy, samples, starts)
     completions = samr1_mini.sample_completions(policy, prompts, s, greedy=True)
     texts = policy.texts(completions)
     return [start + group[0] for start, group in zip(starts, texts, strict=True)]
@@ -127,7 +128,7 @@ def replies(policy: Policy, scorer: SamScorer, cases: list[Case], s) -> dict[str
         texts = complete(policy, samples, [case.starts()[name] for case in cases], s)
         answers = [parse_answer(text) for text in texts]
         prompts = [
-            sam_prompt(answer, policy.frame, *one.image.size)
+            sam_prompt(answer, policy.extent, *one.image.size)
             for answer, one in zip(answers, samples, strict=True)
         ]
         masks = scorer.score(samples, [[prompt] for prompt in prompts], keep_masks=True).masks

@@ -209,7 +209,7 @@ def train_trl(s: Settings, part: str) -> dict:
             return [format_reward(text) for text in texts]
         batch = [used[i] for i in index[::G]]  # TRL repeats each prompt G times
         groups = [texts[start : start + G] for start in range(0, len(texts), G)]
-        return score_completions(scorer, batch, groups, policy.frame).reward.flatten().tolist()
+        return score_completions(scorer, batch, groups, policy.extent).reward.flatten().tolist()
 
     trainer = make_trainer(s, part, policy, [row(index) for index in order], reward)
     ours, theirs = (get_peft_model_state_dict(model) for model in (policy.model, trainer.model))

@@ -20,7 +20,8 @@ from grpo import Completions, group_logprobs
 from plumbing.errors import UserError
 from plumbing.scenes import interior_points
 from plumbing.settings import parse_settings
-from plumbing.vlm import Prompts, append_tokens, load_vlm
+from plumbing.starts import append_tokens
+from plumbing.vlm import Prompts, load_vlm
 from tiny.make_vlm import write_answer
 
 QUICK = "--prompts_per_step 2 --group_size 4 --max_new_tokens 32 --save_every 100"

@@ -22,7 +22,7 @@ from transformers import (
 import samr1_mini
 from data import Shapes
 from grpo import Completions, group_logprobs, rollout
-from plumbing import decoding, devices
+from plumbing import decoding, devices, four_bit
 from plumbing.decoding import StaticDecoder
 from plumbing.errors import UserError
 from plumbing.sam import grid_positions, load_sam
@@ -278,7 +278,7 @@ def test_banned_tokens_are_never_sampled_in_float16(samples):
 def test_4bit_without_bitsandbytes_names_the_package(monkeypatch):
     with pytest.raises(UserError, match="--dtype 4bit: .*64"):
         load_vlm("tiny", "cpu", 64, "brief", dtype="4bit")
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(four_bit.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="--dtype 4bit: .*pip install bitsandbytes"):
         load_vlm("any/model", "cpu", 64, "brief", dtype="4bit")
 

@@ -99,7 +99,7 @@ def separate_forward(policy, sample, completion):
 def test_qwen3vl_logprobs_equal_a_separate_forward(qwen3vl):
     """Its vision tower feeds several layers (deepstack). Slicing prompts must slice all of them."""
     policy = load_vlm(str(qwen3vl), "cpu", 96, "brief")
-    assert policy.coordinates == "thousandths" and policy.frame == 1000
+    assert policy.coordinates == "thousandths" and policy.extent == 1000
     batch = [Shapes("heldout")[i] for i in range(3)]
     prompts = policy.read(batch)
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +144,7 @@ def test_true_boxes_in_the_coordinates_of_the_policy_are_found(coordinates, scor
     SAM finds the object only if the box is scaled exactly once, each axis by its own factor.
     """
     policy = load_vlm("tiny", "cpu", 64, "brief")
-    assert policy.coordinates == "pixels" and policy.frame == 64
+    assert policy.coordinates == "pixels" and policy.extent == 64
     policy = dataclasses.replace(policy, coordinates=coordinates)
     scenes = [Shapes("heldout")[i] for i in range(60)]
     batch = [one for one in scenes if one.image.width != one.image.height][:12]
@@ -172,6 +172,6 @@ def test_true_boxes_in_the_coordinates_of_the_policy_are_found(coordinates, scor
     assert metrics["box"] == 1 and metrics["format"] == 1
     assert metrics["points"] == 1
     # The same answer in a wrong frame gives a wrong box.
-    wrong = sam_prompt(parse_answer(rows[0]["answer"]), policy.frame * 2, *batch[0].image.size)
+    wrong = sam_prompt(parse_answer(rows[0]["answer"]), policy.extent * 2, *batch[0].image.size)
     boxes = torch.tensor([[wrong.box], [samr1_mini.true_box(batch[0].mask)]])
     assert box_iou(*boxes) < 0.5
