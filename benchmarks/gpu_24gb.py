@@ -39,6 +39,7 @@ from plumbing import decoding
 from plumbing.runs import PhaseTimer
 from plumbing.sam import SAM_SIZES, build_sam
 from plumbing.settings import parse_settings
+from plumbing.vlm import vlm_path
 from reward import SamScorer, score_completions
 from tools.memory import expected_memory
 
