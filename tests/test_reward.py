@@ -354,10 +354,7 @@ def test_decoding_together_equals_decoding_one_by_one(sam, has_box, has_points):
 
 @pytest.mark.exercise_3
 def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
-    """Each image is encoded once, and each sort of prompt is decoded in one call, but for limits.
-
-    Smaller limits do not change the masks.
-    """
+    """Without limits, each image is encoded once and each sort of prompt decoded in one call."""
     encode = Mock(wraps=scorer.sam.encode)
     decode = Mock(wraps=scorer.sam.decode)
     monkeypatch.setattr(scorer.sam, "encode", encode)
