@@ -1,4 +1,4 @@
-"""What a user installs and then sees: bounded versions; no warnings of libraries on the terminal."""
+"""What a user installs and sees: bounded versions, and no library's warnings on the terminal."""
 
 import logging
 import re
