@@ -80,6 +80,7 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     head, closing, after = rest.rpartition("</answer>")
     before, opening, inside = head.rpartition("<answer>")
     answered = bool(opening and closing)
+    inside = inside if answered else ""
     only_blocks = not (outside + before + after).strip()
     think_format = bool(thought.strip()) and answered and only_blocks
 

@@ -117,6 +117,8 @@ def test_an_answer_that_is_no_object_with_these_keys_gives_nothing(body):
     [
         (f"<answer>{BODY}</answer>", False, True),
         (f"<think>why</think>{BODY}", False, False),
+        (f"<think>why</think>{BODY}</answer>", False, False),  # not opened
+        (f"<think>why</think><answer>{BODY}", False, False),  # not closed
         (f"<think> \n</think><answer>{BODY}</answer>", False, True),  # no reasoning in it
         (f"<think>why<answer>{BODY}</answer>", False, True),  # not closed
         (f"<think>why</think></answer>{BODY}<answer>", False, False),  # wrong order
