@@ -502,7 +502,6 @@ def test_logprobs_and_gradients_equal_those_of_separate_rows(
     assert_same_gradients(gradients, lora_gradients(policy, expected))
 
 
-@pytest.mark.exercise_10
 def test_logprobs_of_a_rollout_equal_those_it_was_sampled_with(policy):
     """Cached decoding and packed rows give the sampled tokens the same probability."""
     with recorded_logits(policy) as calls:
