@@ -1,6 +1,6 @@
 """photos.py - decode images and annotations that other people made, or say why it is impossible.
 
-The files of REFER (RefCOCO, RefCOCO+, RefCOCOg), COCO's segmentations, labelme's polygons
+The files of REFER (RefCOCO, RefCOCO+, RefCOCOg), COCO's segmentations, labelme's shapes
 (ReasonSeg), image files, and queries. Which of them are used, and for what, is in data.py.
 
 All of this is foreign data, so nothing here trusts it: an error is one line that names the file.
