@@ -89,6 +89,7 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     head, closing, after = rest.rpartition("</answer>")
     before, opening, inside = head.rpartition("<answer>")
     answered = bool(opening and closing)
+    inside = inside if answered else ""
     only_blocks = not (outside + before + after).strip()
     think_format = bool(thought.strip()) and answered and only_blocks
 
@@ -143,6 +144,18 @@ def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPro
 # --------------------------------------------------------------------------------------------------
 # Prompts to masks: many prompts on many images in one call of SAM's decoder
 # --------------------------------------------------------------------------------------------------
+
+
+def sam_input(image: Image.Image, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resize an image so that its longest side has `side` pixels, as SAM's own predictor does.
+
+    Returns pixels (3, h, w), float32 in 0..255, not normalised and not padded, and the factors
+    (x, y), float64, from image pixels to the pixels of the encoder's input.
+    """
+    resized = ResizeLongestSide(side).apply_image(np.asarray(image))  # (h, w, 3) uint8
+    factors = [resized.shape[1] / image.width, resized.shape[0] / image.height]
+    pixels = torch.from_numpy(resized).permute(2, 0, 1).float()
+    return pixels, torch.tensor(factors, dtype=torch.float64)
 
 
 def embed_prompts(
@@ -223,16 +236,8 @@ class Sam1(Sam):
     """
 
     def prepare(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """Resize an image so that its longest side fits the encoder, as SAM's own predictor does.
-
-        Returns pixels (3, h, w), float32 in 0..255, not normalised and not padded, and the factors
-        (x, y), float64, from image pixels to the pixels of the encoder's input.
-        """
-        resize = ResizeLongestSide(self.image_encoder.img_size)
-        resized = resize.apply_image(np.asarray(image))  # (h, w, 3) uint8
-        factors = [resized.shape[1] / image.width, resized.shape[0] / image.height]
-        pixels = torch.from_numpy(resized).permute(2, 0, 1).float()
-        return pixels, torch.tensor(factors, dtype=torch.float64)
+        """Pixels (3, h, w) for `encode`, and the factors (x, y) to them, see `sam_input`."""
+        return sam_input(image, self.image_encoder.img_size)
 
     def encode(self, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encode B prepared images. Returns one level of embeddings, (B, C, h, w)."""

@@ -148,6 +148,8 @@ def test_the_answer_format_does_not_judge_the_quality_of_a_box_or_point(part, va
     [
         (f"<answer>{BODY}</answer>", False, True),
         (f"<think>why</think>{BODY}", False, False),
+        (f"<think>why</think>{BODY}</answer>", False, False),  # not opened
+        (f"<think>why</think><answer>{BODY}", False, False),  # not closed
         (f"<think> \n</think><answer>{BODY}</answer>", False, True),  # no reasoning in it
         (f"<think>why<answer>{BODY}</answer>", False, True),  # not closed
         (f"<think>why</think></answer>{BODY}<answer>", False, False),  # wrong order
@@ -385,10 +387,7 @@ def test_decoding_together_equals_decoding_one_by_one(sam, has_box, has_points):
 
 @pytest.mark.exercise_3
 def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
-    """Each image is encoded once, and each sort of prompt is decoded in one call, but for limits.
-
-    Smaller limits do not change the masks.
-    """
+    """Without limits, each image is encoded once and each sort of prompt decoded in one call."""
     encode = Mock(wraps=scorer.sam.encode)
     decode = Mock(wraps=scorer.sam.decode)
     monkeypatch.setattr(scorer.sam, "encode", encode)
@@ -406,14 +405,6 @@ def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
     assert [len(call.args[1]) for call in decode.mock_calls] == [4, 4] * 5
     for a, b in zip(whole.masks, parts.masks, strict=True):
         assert (a != b).float().mean() < 1e-4
-
-
-def test_the_single_mask_output_is_never_chosen(scenes, mixed, sam, scorer):
-    other = copy.deepcopy(sam)
-    # Its mask 0 rates itself above the three others.
-    other.mask_decoder.iou_prediction_head.layers[-1].bias[0] += 100
-    found = SamScorer(other).score(scenes, mixed).iou
-    assert torch.equal(found, scorer.score(scenes, mixed).iou)
 
 
 def test_sam_in_host_memory_gives_the_same_masks_and_stays_frozen(scenes, mixed, sam, scorer):
