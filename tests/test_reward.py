@@ -120,7 +120,7 @@ def test_an_answer_that_is_no_object_with_these_keys_gives_nothing(body):
         BODY.replace("[", "(").replace("]", ")"),
         BODY.replace("[", "[[").replace("]", "]]"),
         BODY.replace(",", "，").replace(":", "：").replace("[", "【").replace('"', "”"),
-        BODY.replace("[1,", "[ // the \"box\"\n1, /* {2} */"),
+        BODY.replace("[1,", '[ // the "box"\n1, /* {2} */'),
     ],
 )
 def test_what_is_clear_but_not_in_the_asked_form_gives_a_box_and_no_format(body):
@@ -405,6 +405,29 @@ def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
     assert [len(call.args[1]) for call in decode.mock_calls] == [4, 4] * 5
     for a, b in zip(whole.masks, parts.masks, strict=True):
         assert (a != b).float().mean() < 1e-4
+
+
+def test_the_masks_of_several_objects_are_united_in_the_same_calls(
+    scenes, mixed, scorer, monkeypatch
+):
+    decode = Mock(wraps=scorer.sam.decode)
+    monkeypatch.setattr(scorer.sam, "decode", decode)
+    alone = scorer.score(scenes, mixed, keep_masks=True)
+    calls = decode.call_count
+    lists = []  # of three objects, one, two; an object may be an empty prompt
+    for p in mixed:
+        lists.append([p[0]._replace(others=(p[1], p[2])), p[3], p[4]._replace(others=(p[5],))])
+    overlap = scorer.score(scenes, lists, keep_masks=True)
+    assert decode.call_count == 2 * calls
+    for b, scene in enumerate(scenes):
+        masks = alone.masks[b]
+        expected = torch.stack([masks[0] | masks[1] | masks[2], masks[3], masks[4] | masks[5]])
+        assert torch.equal(overlap.masks[b], expected)
+        ignore = None if scene.ignore is None else torch.from_numpy(scene.ignore)
+        counts = reward.intersection_and_union(expected, torch.from_numpy(scene.mask), ignore)
+        assert torch.equal(overlap.intersection[b], counts[0])
+        assert torch.equal(overlap.union[b], counts[1])
+    assert overlap.prompted[:, ::2].all()
 
 
 def test_sam_in_host_memory_gives_the_same_masks_and_stays_frozen(scenes, mixed, sam, scorer):
