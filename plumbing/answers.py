@@ -85,7 +85,8 @@ def read_objects(
     as are asked for, each of them valid or None. Only "visionreasoner" is answered with a list of
     objects. What is not in this form is read all the same if it is clear what it says: boxes and
     points as tuples or as lists in a list; an object without its list; and, if `loosely`, what
-    `read_loosely` finds.
+    `read_loosely` finds. Two objects are not, where one is asked for.
+
     "segzero" is read as in Seg-Zero's evaluation: the first {...} of the completion, the first keys
     that contain "bbox" and "point", and numbers in quotes.
 
@@ -103,7 +104,7 @@ def read_objects(
         data = read_loosely(inside, "[]" if listed else "{}", longest)
     if style == "segzero":
         first = read_literal(first_braces(text))
-        if isinstance(first, dict):
+        if isinstance(first, dict) and answer_keys(first, style)[0]:
             data = first
             asked_form = True
     objects = []

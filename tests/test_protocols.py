@@ -202,8 +202,8 @@ TWO = ((5, 6), (7, 8))
         (wrap("{" + KEYS.replace("bbox", "BBox_2d").replace("points", "point")), True, BOX, TWO),
         (wrap('[{"point_count": 2, ' + KEYS + "]"), True, BOX, TWO),
         ("{} It is {" + KEYS + ", not {" + KEYS.replace("1", "9"), True, BOX, TWO),
-        # Its first {...} is no object: as in our own form.
-        ("<think>{red}</think>" + wrap('{"a": {}, ' + KEYS)[16:], True, BOX, TWO),
+        # Its first {...} has no box: as in our own form.
+        ('<think>{"a": 1}</think>' + wrap('{"a": {}, ' + KEYS)[16:], True, BOX, TWO),
         ("{" + KEYS[:-1], False, None, ()),
         ("}{", False, None, ()),
         (wrap("{1: 2}"), False, None, ()),
