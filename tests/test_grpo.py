@@ -360,9 +360,11 @@ def test_first_tokens_are_sampled_separately_and_at_the_temperature(policy):
 
 
 @pytest.mark.exercise_8
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_banned_tokens_are_never_sampled(policy, temperature):
-    with recorded_logits(policy, lambda logits: logits.index_fill(-1, policy.banned, 100.0)):
+@pytest.mark.parametrize("temperature, others", [(0.0, 0.0), (1.0, 0.0), (1e9, -1e11)])
+def test_banned_tokens_are_never_sampled(policy, temperature, others):
+    """At 1e9, a finite mask of -1e9 would be as likely as a logit of -1."""
+    change = lambda logits: (logits + others).index_fill(-1, policy.banned, 100.0)  # noqa: E731
+    with recorded_logits(policy, change):
         ids = sample(policy, temperature=temperature).ids
     assert not torch.isin(ids, policy.banned).any()
 

@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,11 +15,20 @@ from PIL import Image
 
 import samr1_mini
 from data import Sample, messages
-from plumbing import answers, prompts, protocols, rewards
+from plumbing import answers, pictures, prompts, protocols, rewards
 from plumbing.sam import load_sam
 from plumbing.settings import parse_settings
 from plumbing.sources import load_data
-from reward import Answer, Overlap, SamPrompt, SamScorer, intersection_and_union, parse_answer
+from reward import (
+    Answer,
+    Overlap,
+    SamPrompt,
+    SamScorer,
+    intersection_and_union,
+    parse_answer,
+    sam_prompt,
+    score_completions,
+)
 
 
 @pytest.mark.parametrize("module", [protocols, prompts, answers])
@@ -134,25 +144,87 @@ def test_the_example_of_a_prompt_is_a_valid_answer(style, points):
 
 
 ONE = '{"bbox_2d": [1, 2, 30, 40], "point_2d": [5, 6]}'
+SECOND = '{"bbox_2d": [50, 50, 60, 62], "point_2d": [55, 56]}'
+SWAPPED = '{"bbox_2d": [60, 50, 50, 62]}'
 BOX = (1, 2, 30, 40)
 POINT = ((5, 6),)
+OTHER = ((50, 50, 60, 62), ((55, 56),))
 
 
 @pytest.mark.parametrize(
-    "body, box, points",
+    "body, valid, box, points, others",
     [
-        *((f"[{ONE}]", BOX, POINT), (f"```json\n[{ONE},]\n```".replace('"', "'"), BOX, POINT)),
-        (f'[{ONE}, {{"bbox_2d": [50, 50, 60, 60]}}, 5]', BOX, POINT),  # the first one counts
-        *(('[{"bbox_2d": [1, 2, 30, 40]}]', BOX, ()), ('[{"point_2d": [5, 6]}]', None, POINT)),
-        *((f"[{ONE}]".replace("1,", "NaN,"), None, POINT), (f"[5, {ONE}]", None, ())),
-        *((ONE, None, ()), ("[]", None, ()), ("[null]", None, ()), (f"[[{ONE}]]", None, ())),
+        (f"[{ONE}]", True, BOX, POINT, ()),
+        (f"```json\n[{ONE},]\n```".replace('"', "'"), True, BOX, POINT, ()),
+        (f"[{ONE}, {SECOND}, {SECOND}]", True, BOX, POINT, (OTHER, OTHER)),
+        # Valid objects stay, and the format is that of a list without errors.
+        (f"[{ONE}, 5, {SWAPPED}, {SECOND}]", False, BOX, POINT, (OTHER,)),
+        (f"[{SWAPPED}, {ONE}]", False, BOX, POINT, ()),
+        (f"[{ONE}, [{SECOND}]]", False, BOX, POINT, ()),
+        ('[{"bbox_2d": [1, 2, 30, 40]}]', False, BOX, (), ()),
+        ('[{"point_2d": [5, 6]}]', False, None, POINT, ()),
+        (f"[{ONE}]".replace("1,", "NaN,"), False, None, POINT, ()),
+        *((ONE, False, BOX, POINT, ()), (f"So: [{ONE}].", False, BOX, POINT, ())),
+        (f"[{ONE} {SECOND}]", False, None, (), ()),  # no comma
+        *(("[]", False, None, (), ()), ("[null]", False, None, (), ()), ("5", False, None, (), ())),
     ],
 )
-def test_a_list_of_objects_is_read_in_its_own_style_only(body, box, points):
-    valid = box is not None and bool(points)
-    assert parse_answer(wrap(body), "visionreasoner") == Answer(True, valid, box, points, "t")
-    for style in ("full", "brief", "segzero"):
+def test_a_list_of_objects_is_read(body, valid, box, points, others):
+    found = parse_answer(wrap(body), "visionreasoner")
+    assert found == Answer(True, valid, box, points, "t", others)
+    for style in ("full", "brief"):
         assert parse_answer(wrap(body), style) == Answer(True, False, None, (), "t")
+
+
+def test_a_list_may_be_long():
+    """VisionReasoner's longest answers: 120 objects, each with the query as its label."""
+    item = SECOND[:-1] + ', "label": "' + "something that grows in the garden " * 6 + '"}'
+    answer = parse_answer(wrap("[" + ", ".join([ONE] + [item] * 119) + "]"), "visionreasoner")
+    assert answer == Answer(True, True, BOX, POINT, "t", (OTHER,) * 119)
+    prompt = sam_prompt(answer, 64, 128, 64)
+    assert prompt.objects[0] == SamPrompt((2, 2, 60, 40), ((10, 6),), prompt.others)
+    assert prompt.others == (SamPrompt((100, 50, 120, 62), ((110, 56),)),) * 119
+
+
+TWO = ((5, 6), (7, 8))
+
+
+KEYS = '"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7, 8]}'
+QUOTED = '{"bbox": ["1", "2", "30", "40"], "points_1": ["5", 6], "points_2": [7, "8.0"]}'
+TWO = ((5, 6), (7, 8))
+
+
+@pytest.mark.parametrize(
+    "text, valid, box, points",
+    [
+        (wrap(QUOTED), True, BOX, TWO),
+        (wrap(QUOTED.replace("30", "thirty")), False, None, TWO),
+        (wrap("{" + KEYS.replace("bbox", "BBox_2d").replace("points", "point")), True, BOX, TWO),
+        (wrap('[{"point_count": 2, ' + KEYS + "]"), True, BOX, TWO),
+        ("{} It is {" + KEYS + ", not {" + KEYS.replace("1", "9"), True, BOX, TWO),
+        # Its first {...} has no box: as in our own form.
+        ('<think>{"a": 1}</think>' + wrap('{"a": {}, ' + KEYS)[16:], True, BOX, TWO),
+        ("{" + KEYS[:-1], False, None, ()),
+        ("}{", False, None, ()),
+        (wrap("{1: 2}"), False, None, ()),
+    ],
+)
+def test_segzeros_answers_are_read_as_in_its_evaluation(text, valid, box, points):
+    assert parse_answer(text, "segzero")[1:4] == (valid, box, points)
+
+
+@pytest.mark.parametrize(
+    "style, body, readable",
+    [
+        ("full", 'So: {"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7, 8]}', True),
+        ("full", '{"bbox": [1, 2, 30, 40], "points_1": [5, 6]}', False),
+        ("visionreasoner", f"[{SWAPPED}, {ONE}]", True),
+        ("visionreasoner", f"[{SWAPPED}]", False),
+        ("visionreasoner", "[]", False),
+    ],
+)
+def test_what_seg_zeros_protocol_counts(style, body, readable):
+    assert protocols.is_readable(parse_answer(wrap(body), style), style) == readable
 
 
 @pytest.mark.filterwarnings("ignore:invalid")  # pytest forgets the filter of answers.py
@@ -160,26 +232,38 @@ def test_a_list_of_objects_is_read_in_its_own_style_only(body, box, points):
 @given(st.text("[]{}\"':,0123456789.-+eNaI bbox_2dpoint\\"))
 def test_no_list_makes_the_reader_raise(body):
     for text in (body, f"[{ONE}{body}]", f"[{{'bbox_2d': {body}}}]"):
-        assert parse_answer(wrap(text), "visionreasoner").think_format
-        assert answers.count_objects(wrap(text)) >= 0
+        for style in ("full", "segzero", "visionreasoner"):
+            assert parse_answer(wrap(text), style).think_format
 
 
 FLAGS = ("--prompt", "visionreasoner", "--max_new_tokens", "2")
 
 
 def test_eval_with_visionreasoners_prompt(tmp_path, monkeypatch, capsys):
-    """The point of the first object lies on the target, and the second object is ignored."""
+    """The first object is the target, the second one another place. Their masks are united."""
     scenes = [load_data("shapes", "heldout")[i] for i in range(2)]
-    texts = []
+    second = {"bbox_2d": [5, 30, 25, 60], "point_2d": [15, 45]}
+    lists = []
     for scene in scenes:
         scale = 64 / np.array(scene.image.size)
         point = (np.argwhere(scene.mask)[0, ::-1] + 0.5) * scale
         box = np.multiply(rewards.true_box(scene.mask), np.tile(scale, 2))
-        texts.append(wrap(json.dumps([{"bbox_2d": list(box), "point_2d": list(point)}, 5])))
-    answer_with(monkeypatch, texts)
+        lists.append([{"bbox_2d": list(box), "point_2d": list(point)}, second])
+    answer_with(monkeypatch, [wrap(json.dumps(objects)) for objects in lists])
+    drawn = Mock(wraps=pictures.sheet)
+    monkeypatch.setattr(pictures, "sheet", drawn)
     rows, results = evaluate(tmp_path / "run", "--limit", "2", *FLAGS)
-    assert "2 answers list several objects" in capsys.readouterr().out
     assert [row["box_iou"] for row in rows] == pytest.approx([1, 1])
+    texts = [[wrap(json.dumps([one])) for one in objects] for objects in lists]
+    options = dict(keep_masks=True, style="visionreasoner")
+    alone = score_completions(SamScorer(load_sam("tiny")), scenes, texts, 64, **options)
+    sheet = {one.id: mask for one, _, mask, _ in drawn.call_args.args[0]["best"]}
+    for b, (row, scene) in enumerate(zip(rows, scenes, strict=True)):
+        union = alone.overlap.masks[b].any(0).numpy()
+        assert row["intersection"] == (union & scene.mask).sum() > 0
+        assert row["union"] == (union | scene.mask).sum() > alone.overlap.union[b, 0]
+        assert row["boxonly_union"] > scene.mask.sum() * 1.2  # both boxes
+        assert np.array_equal(sheet[row["id"]], union)
     assert results["base"]["format"] == results["base"]["points"] == 1
 
 
