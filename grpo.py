@@ -276,7 +276,9 @@ def rollout(
     for t in range(max_new_tokens):
         finite = finite & (finished | logits.isfinite().all(-1))
         logits = logits.nan_to_num()  # torch cannot sample from NaN: it would end the program
-        token = choose_token(mask_banned(logits.float(), banned), temperature, generator)
+        # -inf, because `choose_token` divides by the temperature: -1e9 / 1e9 would be likely.
+        allowed = logits.float().index_fill(-1, banned, -torch.inf)
+        token = choose_token(allowed, temperature, generator)
         tokens.append(torch.where(finished, end[0], token))  # finished rows go on, but do not count
         mask.append(~finished)
         finished = finished | torch.isin(token, end)

@@ -5,7 +5,7 @@ A completion earns three rewards, which are added (the paper's reward functions)
     accuracy        SAM turns its box and points into a mask. The IoU of that mask with the true one
                     falls into tiers: 4, 3, 2 or 0
     think format    1 if it is one <think> block with text, one <answer> block, and nothing else
-    answer format   1 if the answer is JSON that holds a box and two points
+    answer format   1 if the answer is JSON that holds a box and two points, good or bad ones
 
 The file follows the data:
 
@@ -37,7 +37,7 @@ from PIL import Image
 from segment_anything.modeling import PromptEncoder, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from plumbing.answers import answer_parts, numbers
+from plumbing.answers import read_objects
 from plumbing.devices import half_precision, to_device
 from plumbing.rewards import box_ious, segzero_reward
 from plumbing.sam import load_weights, restore_weights
@@ -55,6 +55,7 @@ class Answer(NamedTuple):
     box: tuple[float, ...] | None  # x1, y1, x2, y2 with x1 < x2 and y1 < y2
     points: tuple[tuple[float, ...], ...]  # the valid ones of the two, (x, y) each
     thought: str  # the reasoning, "" if there is none
+    others: tuple[tuple, ...] = ()  # "visionreasoner": box and points of each further object
 
 
 def parse_answer(text: str, style: str = "full") -> Answer:
@@ -64,8 +65,16 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     A thought counts if each of its two tags occurs exactly once. The answer is the last <answer>
     block after it, as JSON or as a Python literal.
 
-    style: of the prompt. "visionreasoner" is answered with other keys and one point, see
-           plumbing/answers.py.
+    The answer format is about form alone: the paper rewards JSON with a box and points, whatever
+    their quality. So two equal points, and points outside of the box, are right. Coordinates in
+    0..1 are right too. They are read in the unit that the prompt asks for, so the box is smaller
+    than a pixel. What such answers are worth is left to the accuracy reward. What is clear but not
+    in the right form, such as JSON within prose, gives a box and points, but earns no answer format
+    (`plumbing.answers.read_objects`).
+
+    style: of the prompt. "segzero" and "visionreasoner" are read as these systems' evaluations read
+           them. The answer of the latter is a list of objects with one point each. All must be
+           valid for the answer format.
 
     >>> text = '<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>'
     >>> answer = parse_answer(text)
@@ -80,17 +89,17 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     head, closing, after = rest.rpartition("</answer>")
     before, opening, inside = head.rpartition("<answer>")
     answered = bool(opening and closing)
+    inside = inside if answered else ""
     only_blocks = not (outside + before + after).strip()
     think_format = bool(thought.strip()) and answered and only_blocks
 
-    box, points = answer_parts(inside, style)  # of any type; None where a key is missing
-    box = numbers(box, count=4)
-    if box and not (box[0] < box[2] and box[1] < box[3]):
-        box = None  # swapped corners: SAM would still draw a plausible mask of it
-    valid = [numbers(point, count=2) for point in points]
-    answer_format = box is not None and None not in valid
-    found = tuple(point for point in valid if point)
-    return Answer(think_format, answer_format, box, found, thought.strip())
+    objects, asked_form = read_objects(inside, style, text, loosely=answered)
+    complete = [box is not None and None not in points for box, points in objects]
+    answer_format = asked_form and any(complete) and all(complete)
+    found = [(box, tuple(point for point in points if point)) for box, points in objects]
+    found = [(box, points) for box, points in found if box or points]
+    (box, points), *others = found or [(None, ())]
+    return Answer(think_format, answer_format, box, points, thought.strip(), tuple(others))
 
 
 class SamPrompt(NamedTuple):
@@ -98,6 +107,12 @@ class SamPrompt(NamedTuple):
 
     box: tuple[float, ...] | None  # x1, y1, x2, y2
     points: tuple[tuple[float, ...], ...]  # (x, y) each, all on the target
+    others: tuple["SamPrompt", ...] = ()  # of further objects: the masks of all are united
+
+    @property
+    def objects(self) -> tuple["SamPrompt", ...]:
+        """The prompt of each object that was answered with, almost always one."""
+        return (self, *self.others)
 
 
 def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPrompt:
@@ -109,7 +124,7 @@ def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPro
 
     >>> answer = Answer(True, True, (10, 10, 80, 32), ((20, 20), (70, 70)), "")
     >>> sam_prompt(answer, extent=64, width=128, height=96)
-    SamPrompt(box=(20.0, 15.0, 128, 48.0), points=((40.0, 30.0),))
+    SamPrompt(box=(20.0, 15.0, 128, 48.0), points=((40.0, 30.0),), others=())
     """
     to_x = width / extent
     to_y = height / extent
@@ -121,12 +136,26 @@ def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPro
             box = None
     points = ((x * to_x, y * to_y) for x, y in answer.points)
     inside = tuple((x, y) for x, y in points if 0 <= x <= width and 0 <= y <= height)
-    return SamPrompt(box, inside)
+    others = (answer._replace(box=box, points=points, others=()) for box, points in answer.others)
+    prompts = tuple(sam_prompt(other, extent, width, height) for other in others)
+    return SamPrompt(box, inside, prompts)
 
 
 # --------------------------------------------------------------------------------------------------
 # Prompts to masks: many prompts on many images in one call of SAM's decoder
 # --------------------------------------------------------------------------------------------------
+
+
+def sam_input(image: Image.Image, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Resize an image so that its longest side has `side` pixels, as SAM's own predictor does.
+
+    Returns pixels (3, h, w), float32 in 0..255, not normalised and not padded, and the factors
+    (x, y), float64, from image pixels to the pixels of the encoder's input.
+    """
+    resized = ResizeLongestSide(side).apply_image(np.asarray(image))  # (h, w, 3) uint8
+    factors = [resized.shape[1] / image.width, resized.shape[0] / image.height]
+    pixels = torch.from_numpy(resized).permute(2, 0, 1).float()
+    return pixels, torch.tensor(factors, dtype=torch.float64)
 
 
 def embed_prompts(
@@ -207,16 +236,8 @@ class Sam1(Sam):
     """
 
     def prepare(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """Resize an image so that its longest side fits the encoder, as SAM's own predictor does.
-
-        Returns pixels (3, h, w), float32 in 0..255, not normalised and not padded, and the factors
-        (x, y), float64, from image pixels to the pixels of the encoder's input.
-        """
-        resize = ResizeLongestSide(self.image_encoder.img_size)
-        resized = resize.apply_image(np.asarray(image))  # (h, w, 3) uint8
-        factors = [resized.shape[1] / image.width, resized.shape[0] / image.height]
-        pixels = torch.from_numpy(resized).permute(2, 0, 1).float()
-        return pixels, torch.tensor(factors, dtype=torch.float64)
+        """Pixels (3, h, w) for `encode`, and the factors (x, y) to them, see `sam_input`."""
+        return sam_input(image, self.image_encoder.img_size)
 
     def encode(self, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Encode B prepared images. Returns one level of embeddings, (B, C, h, w)."""
@@ -318,18 +339,18 @@ class SamScorer:
         """Masks and their overlap with the truth for B samples x G prompts.
 
         samples: B objects like `data.Sample`, with `image`, `mask` and `ignore`.
-        prompts: B lists of G prompts, in image pixels. An empty prompt gets an empty mask.
+        prompts: B lists of G prompts, in image pixels. An empty prompt gets an empty mask. A prompt
+                 with several objects gets the union of their masks.
         """
-        B = len(samples)
-        G = len(prompts[0])
         host = load_weights(self.sam, self.device) if self.offload else None
         embeddings, factors = self.encode([sample.image for sample in samples])
-        flat = [prompt for group in prompts for prompt in group]  # prompt k is about image k // G
-        logits = self.best_logits(embeddings, factors, flat).unflatten(0, (B, G))
+        objects = [[one for prompt in group for one in prompt.objects] for group in prompts]
+        logits = self.best_logits(embeddings, factors, objects).split(list(map(len, objects)))
         intersections, unions, masks = [], [], []
         for b, sample in enumerate(samples):  # one by one: every image has its own size
             full = self.sam.upsample(logits[b], sample.mask.shape)
-            mask = full > self.sam.mask_threshold  # (G, H, W)
+            parts = (full > self.sam.mask_threshold).split([len(p.objects) for p in prompts[b]])
+            mask = torch.stack([part.any(0) for part in parts])  # (G, H, W)
             truth = self._to_device(torch.from_numpy(sample.mask))
             ignore = None
             if sample.ignore is not None:
@@ -341,11 +362,14 @@ class SamScorer:
                 masks.append(mask)
         if self.offload:
             restore_weights(self.sam, host)
-        prompted = torch.tensor([[bool(p.box or p.points) for p in group] for group in prompts])
+        prompted = [
+            [any(one.box or one.points for one in prompt.objects) for prompt in group]
+            for group in prompts
+        ]
         return Overlap(
             intersection=torch.stack(intersections),
             union=torch.stack(unions),
-            prompted=self._to_device(prompted),
+            prompted=self._to_device(torch.tensor(prompted)),
             masks=masks if keep_masks else None,
         )
 
@@ -364,14 +388,15 @@ class SamScorer:
         return levels, torch.stack(factors)
 
     def best_logits(
-        self, embeddings: list[torch.Tensor], factors: torch.Tensor, prompts: list[SamPrompt]
+        self, embeddings: list[torch.Tensor], factors: torch.Tensor, objects: list[list[SamPrompt]]
     ) -> torch.Tensor:
-        """Logits (B*G, 4h, 4w) of the best of three masks for each of B*G prompts.
+        """Logits (N, 4h, 4w) of the best of three masks for each of N prompts, image by image.
 
-        embeddings, factors: of `encode`. h, w: size of the last level of the embeddings. Prompts
-        are stored group by group, so prompt k is about image k // G.
+        embeddings, factors: of `encode`. h, w: size of the last level of the embeddings.
+        objects: B lists of prompts, each of one object.
         """
-        G = len(prompts) // len(factors)
+        prompts = [one for group in objects for one in group]
+        image = torch.tensor([b for b, group in enumerate(objects) for _ in group])
         h, w = embeddings[-1].shape[2:]
         best = embeddings[-1].new_full((len(prompts), 4 * h, 4 * w), -1.0)  # -1: outside the mask
         largest = max(level[0].nbytes for level in embeddings)
@@ -384,7 +409,7 @@ class SamScorer:
         groups.pop((False, 0), None)  # nothing to decode: the mask stays empty
         for (has_box, point_count), members in groups.items():
             for prompt_index in torch.tensor(members).split(at_once):
-                image_index = prompt_index // G
+                image_index = image[prompt_index]
                 chosen = [prompts[k] for k in prompt_index.tolist()]  # N prompts
                 factor = factors[image_index]  # (N, 2)
                 boxes = points = None

@@ -345,7 +345,8 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
     for one, answer in zip(batch, answers, strict=True):
         ours = sam_prompt(answer, policy.extent, *one.image.size)
         ceiling = SamPrompt(rewards.true_box(one.mask), scenes.interior_points(one.mask))
-        box_only = SamPrompt(ours.box, ())
+        boxes = tuple(SamPrompt(other.box, ()) for other in ours.others)
+        box_only = SamPrompt(ours.box, (), boxes)
         prompts.append([ours, ceiling, box_only])  # in the order of protocols.PREFIXES
     overlap = scorer.score(batch, prompts, keep_masks=True)
     ious = rewards.box_ious(batch, prompts)
@@ -363,7 +364,10 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
             "format": answer.think_format and answer.answer_format,
             "points_inside": scenes.points_inside(ours.points, one.mask, asked),
         }
-        rows.append(row | protocols.count(overlap, b, one, readable=answer.answer_format, s=s))
+        if ours.others:
+            row["others"] = [(other.box, other.points) for other in ours.others]
+        readable = protocols.is_readable(answer, policy.prompt)
+        rows.append(row | protocols.count(overlap, b, one, readable, s))
     return rows
 
 

@@ -1,12 +1,12 @@
-"""random_models.py - policies of any published size with random weights, without a download."""
+"""random_models.py - policies of any size with random weights, without a download."""
 
 import contextlib
 from unittest import mock
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, initialization
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, initialization
 
-from plumbing.memory import published_config
+from plumbing.published import published_config
 from plumbing.vlm import vlm_path
 
 
@@ -26,21 +26,36 @@ def tiny_processor(config):
     return processor
 
 
+def medium_vlm(text: dict, vision: dict):
+    """A Qwen2.5-VL with 8 layers of width 512, and its processor with patches of 14 pixels.
+
+    text, vision: further settings of the two parts that differ from the tiny model's.
+    """
+    config = AutoConfig.from_pretrained(vlm_path("tiny"))
+    text = text | dict(hidden_size=512, num_hidden_layers=8, layer_types=["full_attention"] * 8)
+    text |= dict(num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=4096)
+    vision = vision | dict(out_hidden_size=512, patch_size=14, window_size=112)
+    config.text_config.update(text | dict(initializer_range=0.02))
+    config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
+    config.vision_config.update(vision | dict(initializer_range=0.02))
+    processor = tiny_processor(config)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    return model.eval(), processor
+
+
 @torch.no_grad()
 def fill(module: torch.nn.Module, device: torch.device) -> None:
     """Give a module random weights on a device: matrices N(0, 0.02), norms 1, biases 0."""
     for name, old in list(module.named_parameters(recurse=False)):
-        new = torch.empty(old.shape, dtype=old.dtype, device=device)
+        new = torch.full(old.shape, float(name != "bias"), dtype=old.dtype, device=device)
         if new.dim() > 1:
             new.normal_(0, 0.02)
-        else:
-            new.fill_(0.0 if name == "bias" else 1.0)
+        options = dict(requires_grad=False)
         if hasattr(old, "quant_type"):  # 4 bit: moving the weight to its device quantises it
-            options = dict(requires_grad=False, quant_type=old.quant_type)
-            options |= dict(compress_statistics=old.compress_statistics, module=module)
-            module._parameters[name] = type(old)(new, **options).to(device)
-        else:
-            module._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
+            options |= dict(quant_type=old.quant_type, module=module)
+            options |= dict(compress_statistics=old.compress_statistics)
+        module._parameters[name] = type(old)(new, **options).to(device)
 
 
 def random_model(config, dtype: torch.dtype, device: torch.device, quantization_config=None):

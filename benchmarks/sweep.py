@@ -1,129 +1,379 @@
-"""sweep.py - train several settings with several seeds, for ablations.py and mask_or_box.py.
+"""sweep.py - train several settings with several seeds, print a table and draw a picture.
 
-Each run has its own folder and is trained by `samr1_mini.py train`. The same command continues an
-interrupted sweep: Ctrl-C lets each run save its current step. Both scripts keep their runs in one
-folder and share those of the paper's setting, so run one of them at a time.
+    python -m benchmarks.sweep mask_or_box    reward the mask, or only the box?        75 minutes
+    python -m benchmarks.sweep ablations      the paper's Tables 3 and 4, Figure 4a    90 minutes
+    python -m benchmarks.sweep failures       five runs that fail on purpose            8 minutes
+    python -m benchmarks.sweep dtypes         float32 and bfloat16                      3 minutes
+
+The minutes are those of one core; --jobs 2 runs two trainings at a time. Each one is
+`python samr1_mini.py train ... --out runs/sweep/SETTING-SEED`. The same command continues an
+interrupted sweep: it skips finished runs and resumes the others. --table trains nothing: it prints
+the table of the runs that exist. Settings of the same name in two sweeps share their runs, so run
+one sweep at a time. A new sweep is one entry of SWEEPS.
 """
 
 import argparse
 import json
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import samr1_mini
+from data import Shapes
+from plumbing import pictures
+from plumbing.errors import UserError, exit_with_one_line
+from plumbing.runs import save_figure
+from plumbing.sam import load_sam
+from plumbing.settings import parse_settings
+from plumbing.vlm import load_vlm
+from reward import SamPrompt, SamScorer
+
 ROOT = Path(__file__).resolve().parent.parent
-PAPER = "mask"  # the paper's setting, which is the default: both scripts need its runs
+LAST = 20  # steps at the end of a run that are averaged
+MARK = 0.65  # sampled mask IoU; that of the base model is 0.32
+WINDOW = 11  # steps of the running mean: one step's IoU depends on which scenes it drew
+SCENES = 256  # held-out scenes that mask_or_box looks at
+
+
+class Sweep(NamedTuple):
+    settings: dict[str, str]  # name: the flags that differ from the default, the paper's setting
+    columns: str  # of the table, see `value`; the first one is also printed for each seed
+    seeds: int
+    steps: int = 200
+
+
+SWEEPS = {
+    "mask_or_box": Sweep(
+        {
+            "mask": "",  # SAM's mask against the true mask, in tiers: the paper's reward
+            "box": "--accuracy box",  # the same tiers on the IoU of the boxes, without SAM
+            "Seg-Zero": "--accuracy segzero",  # box IoU, box distance, two labelled points
+            "Seg-Zero, in mask": "--accuracy segzero_mask",  # each point must lie in the true mask
+        },
+        "giou ciou box boxonly points",
+        seeds=5,
+    ),
+    "ablations": Sweep(
+        {
+            "fixed 0.5": "--accuracy 0.5",
+            "fixed 0.7": "--accuracy 0.7",
+            "fixed 0.8": "--accuracy 0.8",
+            "raw IoU": "--accuracy iou",
+            "GRPO": "--normalise sequence --eps_high 0.2",
+            "token-level": "--eps_high 0.2",
+            "higher clip": "--normalise sequence",
+            "no KL": "--beta 1e-9",  # not 0, so that the KL is still measured
+            "mask": "",
+        },
+        "giou ciou steps mean:iou last:iou last:kl",
+        seeds=3,
+    ),
+    "failures": Sweep(
+        {
+            "sound": "",
+            "learning rate too small": "--lr 1e-6",
+            "learning rate too large": "--lr 1e-2",
+            "wrong coordinates": "",  # see PATCH
+            "temperature too low": "--temperature 0.01",
+            "limit too short": "--max_new_tokens 28",
+        },
+        "last:reward last:accuracy last:answer_format last:kl last:equal_groups last:length",
+        seeds=1,
+        steps=60,
+    ),
+    "dtypes": Sweep(
+        {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}, "last:reward", 1, steps=60
+    ),
+}
+# The reward reads thousandths, while the policy answers in pixels. No flag does this.
+PATCH = "import sys, samr1_mini as s; s.Policy.extent = 1000; s.main(sys.argv[1:])"
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
 
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
     """The folder of one run of the sweep in `out`."""
-    name = name.replace("+ ", "plus-").replace(", ", "-").replace(" ", "-")
-    return out / f"{name}-{seed}"
+    return out / f"{re.sub('[^a-zA-Z0-9.]+', '-', name)}-{seed}"
 
 
-def read_results(run: Path) -> dict | None:
-    """eval.json of a finished run, else None."""
+def read_run(run: Path) -> dict | None:
+    """eval.json, the rows of metrics.jsonl and the folder of a finished run, else None."""
     file = run / "eval.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
-    return results if "after" in results else None
+    if "after" not in results:
+        return None
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return results | {"metrics": [json.loads(line) for line in lines], "folder": run}
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, one per step."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def train(run: Path, flags: list[str], program: tuple[str, ...] = ("-m", "samr1_mini")) -> None:
-    """Train with these flags in a process, or resume the run if it has a checkpoint.
-
-    program: arguments of Python that start samr1_mini.
-
-    Raises RuntimeError with the last lines of the output if training fails.
-    """
-    resume = (run / "checkpoint" / "state.pt").is_file()
-    flags = ["--resume"] if resume else ["--overwrite", *flags]
-    command = [sys.executable, *program, "train", "--out", str(run.resolve()), *flags]
+def train(run: Path, name: str, flags: str) -> None:
+    """Train a setting in a process, or resume its run. Raises UserError if training fails."""
+    if (run / "checkpoint" / "state.pt").is_file():
+        flags = "--resume"
+    elif (run / "config.json").is_file():
+        shutil.rmtree(run)  # killed before its first checkpoint
+    program = ["-c", PATCH] if name == "wrong coordinates" else ["samr1_mini.py"]
+    command = [sys.executable, *program, "train", "--out", str(run.resolve()), *flags.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
-        lines = "\n".join(result.stderr.splitlines()[-5:])
-        raise RuntimeError(f"{run}: exit code {result.returncode}\n{lines}")
+        last = " ".join(result.stderr.splitlines()[-2:])
+        raise UserError(f"{run}: exit code {result.returncode}, {last}; the same command continues")
 
 
-def train_missing(settings: dict[str, str], options: argparse.Namespace) -> None:
-    """Train all runs of a sweep that are not finished, `jobs` at a time.
+def train_missing(sweep: Sweep, options: argparse.Namespace) -> None:
+    """Train all runs of a sweep that are not finished, `options.jobs` at a time.
 
-    settings: name and flags of each. options: of `parse_arguments`.
-    Exits if a run fails or the user interrupts; the runs in progress save and stop, or finish.
-    Exits with code 2 if a finished run has another number of steps: it cannot be compared.
+    A finished run with another number of steps cannot be compared: raises UserError.
     """
-    pairs = [(name, seed) for seed in options.seeds for name in settings]
-    folders = {pair: run_folder(options.out, *pair) for pair in pairs}
-    missing = [pair for pair in pairs if not read_results(folders[pair])]
-    for pair in pairs:
-        run, finished = folders[pair], pair not in missing
-        if finished and (steps := len(read_metrics(run))) != options.steps:
-            problem = f"--steps {options.steps}: {run} was trained with {steps} steps"
-            exit_with(f"{problem}: use --steps {steps}, or name another folder with --out")
-    always = f"--steps {options.steps} --eval_samples {options.eval_samples}"
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = {}
-        for name, seed in missing:
-            flags = f"{always} --seed {seed} {settings[name]}".split()
-            runs[pool.submit(train, folders[name, seed], flags)] = (name, seed)
-        finished = len(pairs) - len(runs)
-        bar = tqdm(as_completed(runs), "sweep", len(pairs), initial=finished, unit="run")
-        try:
-            for run in bar:
-                run.result()
-                bar.set_postfix_str("finished: {}, seed {}".format(*runs[run]))
-        except (RuntimeError, KeyboardInterrupt) as error:
-            for run in runs:
-                run.cancel()  # has no effect on runs that have started
-            reason = f"{error or 'interrupted'}; the same command continues"
-            raise SystemExit(f"sweep: {reason}") from None
+    missing = []
+    for seed in options.seeds:
+        for name, flags in sweep.settings.items():
+            run = run_folder(options.out, name, seed)
+            finished = read_run(run)
+            if finished is None:
+                always = f"--steps {options.steps} --eval_samples {options.eval_samples}"
+                missing.append((run, name, f"{always} --seed {seed} {flags}"))
+            elif (steps := len(finished["metrics"])) != options.steps:
+                problem = f"--steps {options.steps}: {run} was trained with {steps} steps"
+                raise UserError(f"{problem}: use --steps {steps}, or another folder with --out")
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        jobs = [pool.submit(train, run, name, flags) for run, name, flags in missing]
+        for job in tqdm(as_completed(jobs), "sweep", len(jobs), unit="run"):
+            job.result()
+    finally:  # also after Ctrl-C or an error: runs that have started save and stop, or finish
+        pool.shutdown(cancel_futures=True)
 
 
-def collect(settings: dict[str, str], options: argparse.Namespace) -> dict[str, list[dict]]:
-    """The finished runs of each setting: the results of eval.json, the rows of metrics.jsonl, and
-    the folder.
+# --------------------------------------------------------------------------------------------------
+# Table
+# --------------------------------------------------------------------------------------------------
 
-    Exits with one line if there is none, so that no empty figure replaces a good one.
+
+def steps_until(values: list[float], mark: float) -> float:
+    """The first step (from 1) at which the centred mean over WINDOW steps exceeds `mark`, or inf.
+
+    values: one for each step, at least WINDOW of them.
+
+    >>> steps_until([0.0] * 20 + [1.0] * 20, mark=0.5)
+    21
     """
-    rows = {}
-    for name in settings:
-        runs = [run_folder(options.out, name, seed) for seed in options.seeds]
-        results = [(run, read_results(run)) for run in runs]
-        rows[name] = [r | {"metrics": read_metrics(run), "run": run} for run, r in results if r]
-    if not any(rows.values()):
-        exit_with(f"--out {options.out} has no finished run: leave out --table")
-    return rows
+    means = np.convolve(values, np.full(WINDOW, 1 / WINDOW), "valid")
+    above = np.flatnonzero(means > mark)
+    return int(above[0]) + WINDOW // 2 + 1 if len(above) else float("inf")
 
 
-def exit_with(problem: str) -> None:
-    """Print one line, and exit with code 2."""
-    print(f"benchmarks: {problem}", file=sys.stderr)
-    raise SystemExit(2)
+def value(run: dict, column: str) -> float:
+    """A number of a finished run: "steps" until the sampled mask IoU exceeds MARK, "last:NAME" or
+    "mean:NAME", the mean of a metric over the last steps or over all, or a metric of eval.json."""
+    kind, _, name = column.partition(":")
+    if kind == "steps":
+        return steps_until([row["iou"] for row in run["metrics"]], MARK)
+    if kind in ("last", "mean"):
+        rows = run["metrics"][-LAST:] if kind == "last" else run["metrics"]
+        return statistics.mean(row[name] for row in rows)
+    return run["after"][column]
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """Mean and standard deviation over the seeds, 16 characters wide."""
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):8.3f} ± {spread:5.3f}"
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds; the median if one of them is infinite.
+
+    >>> cell([0.5, 0.6, 0.7]), cell([0.5]), cell([66, 6, float("inf")])
+    ('0.600 ± 0.100', '0.500', 'median 66')
+    """
+    if any(np.isinf(values)):
+        return f"median {statistics.median(values):g}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
-def parse_arguments(name: str, about: str, seeds: list[int]) -> argparse.Namespace:
-    """The flags of a sweep: --seeds, --jobs, --out, --figure, --steps, --eval_samples, --table."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
-    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+def table(columns: list[str], rows: dict[str, list[dict]]) -> str:
+    """A Markdown table with a row for each setting. rows: the finished runs of each setting."""
+    lines = [f"| | {' | '.join(columns)} | {columns[0]} by seed |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    first = next(runs[0] for runs in rows.values() if runs)
+    for name in ("before", "ceiling") if columns[0] in first["before"] else ():
+        cells = [f"{first[name][c]:.3f}" if c in first[name] else "" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} | |")
+    for name, runs in rows.items():
+        cells = [cell([value(run, c) for run in runs]) if runs else "not run" for c in columns]
+        seeds = ", ".join(f"{value(run, columns[0]):.3f}" for run in runs)
+        lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures. rows: the finished runs of each setting
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_dots(axes, rows: dict[str, list[dict]], column: str) -> None:
+    """One dot for each seed, and a line at the mean."""
+    for k, runs in enumerate(rows.values()):
+        values = [value(run, column) for run in runs]
+        axes.plot([k] * len(values), values, "o", color="C0", alpha=0.6)
+        axes.plot(k, statistics.mean(values), "_", color="C1", markersize=24, markeredgewidth=2.5)
+    axes.set_xticks(range(len(rows)), rows, fontsize=8, rotation=20)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def draw_curves(axes, rows: dict[str, list[dict]], name: str) -> None:
+    """A metric over the steps, one curve for each run."""
+    for k, (label, runs) in enumerate(rows.items()):
+        for run in runs:
+            shown = label if run is runs[0] else None
+            pictures.smooth(axes, run["metrics"], name, f"C{k}", label=shown)
+    axes.set_title(name.replace("_", " "), fontsize=10)
+    if name == "kl":
+        axes.set_yscale("symlog", linthresh=1e-3)
+
+
+def draw_ablations(rows: dict[str, list[dict]]) -> Figure:
+    """Dots of each setting by table of the paper, and curves with and without the KL term."""
+    groups = {
+        "Table 3: accuracy reward": ("fixed 0.5", "fixed 0.7", "fixed 0.8", "raw IoU"),
+        "Table 4: objective": ("GRPO", "token-level", "higher clip"),
+        "Figure 4a: KL term": ("no KL",),
+    }
+    figure = Figure(figsize=(12, 10), dpi=100, layout="constrained", facecolor="white")
+    grid = figure.subplots(3, 3)
+    for line, column in zip(grid, ("giou", "mean:iou"), strict=False):
+        for axes, (title, names) in zip(line, groups.items(), strict=True):
+            shown = {name: rows[name] for name in names}
+            draw_dots(axes, shown | {"the paper's": rows["mask"]}, column)
+            axes.set_title(f"{title}, {column.replace(':', ' ')}", fontsize=10)
+    for axes, name in zip(grid[2], ("iou", "entropy", "kl"), strict=True):
+        draw_curves(axes, {"with KL": rows["mask"], "no KL": rows["no KL"]}, name)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def draw_failures(rows: dict[str, list[dict]]) -> Figure:
+    """One panel for each metric, one curve for each run."""
+    figure = Figure(figsize=(11, 6.4), dpi=110, layout="constrained", facecolor="white")
+    columns = SWEEPS["failures"].columns.split()
+    for axes, column in zip(figure.subplots(2, 3).flat, columns, strict=True):
+        draw_curves(axes, rows, column.removeprefix("last:"))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    return figure
+
+
+def target_sort(index: int) -> str:
+    """The sort of a held-out scene's target: "inlay", "ring" or "covered" if it is hard (see
+    `plumbing.scenes.Thing.hard`), else "plain"."""
+    _, things, _, target = Shapes("heldout").scene(index)
+    if not things[target].hard:
+        return "plain"
+    if things[target].kind == "ring":
+        return "ring"
+    return "inlay" if any(thing.kind == "diamond" for thing in things) else "covered"
+
+
+def answer_scenes(scorer: SamScorer, adapter: str) -> list[dict]:
+    """Greedy answers to the first SCENES held-out scenes, as rows of `samr1_mini.evaluate`."""
+    s = parse_settings("train", [])
+    policy = load_vlm("tiny", "cpu", s.side, s.prompt, adapter)
+    return samr1_mini.evaluate(policy, scorer, Shapes("heldout"), s, SCENES, adapter)
+
+
+def draw_mask_or_box(rows: dict[str, list[dict]]) -> Figure:
+    """Print mask IoU and points inside for hard and plain targets. Draw one scene of each sort
+    under both rewards: the first whose base answer has an IoU below 0.5. Beside them, the gIoU."""
+    scorer = SamScorer(load_sam("tiny"))
+    sorts = [target_sort(k) for k in range(SCENES)]
+    answers = {  # by reward, by seed
+        name: [answer_scenes(scorer, str(run["folder"] / "adapter")) for run in rows[name]]
+        for name in ("box", "mask")
+    }
+    print("\n| reward | targets | mask IoU | points inside |\n|---|---|---|---|")
+    for name, seeds in answers.items():
+        for title in ("hard", "plain"):
+            chosen = [k for k, sort in enumerate(sorts) if (sort == "plain") == (title == "plain")]
+            columns = ("iou", "points_inside")
+            cells = [cell([np.mean([run[k][c] for k in chosen]) for run in seeds]) for c in columns]
+            print(f"| {name} | {len(chosen)} {title} | {' | '.join(cells)} |")
+
+    base = answer_scenes(scorer, "none")
+    poor = [k for k in range(SCENES) if base[k]["iou"] < 0.5]
+    firsts = [next((k for k in poor if sorts[k] == sort), 0) for sort in ("inlay", "ring", "plain")]
+    figure = Figure(figsize=(12, 7.5), dpi=100, layout="constrained", facecolor="white")
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
+    draw_scenes(left, scorer, firsts, {name: seeds[0] for name, seeds in answers.items()})
+    axes = right.subplots()
+    means = [np.mean([value(run, "giou") for run in runs]) for runs in rows.values()]
+    axes.bar(range(len(rows)), means, color="C0", alpha=0.25)
+    draw_dots(axes, rows, "giou")
+    axes.set_title("held-out gIoU, one dot for each seed", fontsize=10)
+    return figure
+
+
+def draw_scenes(figure, scorer: SamScorer, scenes: list[int], answers: dict) -> None:
+    """A column for each held-out scene: its true mask, then the answer under each reward."""
+    batch = [Shapes("heldout")[k] for k in scenes]
+    grid = figure.subplots(1 + len(answers), len(scenes))
+    for axes, sample in zip(grid[0], batch, strict=True):
+        pictures.draw_mask(axes, sample.image, sample.mask, pictures.TRUTH)
+        pictures.write_title(axes, sample.query)
+    for line, (name, rows) in zip(grid[1:], answers.items(), strict=True):
+        prompts = [[SamPrompt(rows[k]["box"], rows[k]["points"])] for k in scenes]
+        overlap = scorer.score(batch, prompts, keep_masks=True)
+        for k, axes in enumerate(line):
+            pictures.draw_mask(axes, batch[k].image, overlap.masks[k][0].numpy(), pictures.FOUND)
+            pictures.draw_prompt(axes, prompts[k][0])
+            pictures.write_title(axes, f"{name} reward: IoU {overlap.iou[k, 0]:.2f}")
+    pictures.draw_legend(figure)
+
+
+PICTURES = {  # of TUTORIAL and README, in assets/
+    "mask_or_box": draw_mask_or_box,
+    "ablations": draw_ablations,
+    "failures": draw_failures,
+}
+
+
+def main(argv: list[str]) -> None:
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=about)
+    parser.add_argument("sweep", choices=SWEEPS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the sweep")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
-    out, figure = ROOT / "runs" / "sweep", ROOT / "assets" / f"{name}.png"
-    parser.add_argument("--out", type=Path, default=out, help="folder of the runs")
-    parser.add_argument("--figure", type=Path, default=figure, help="figure to write")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--eval_samples", type=int, default=256)
     parser.add_argument("--table", action="store_true", help="do not train")
-    return parser.parse_args()
+    parser.add_argument("--steps", type=int, help="default: those of the sweep")
+    parser.add_argument("--eval_samples", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep")
+    parser.add_argument("--figure", type=Path, help="default: assets/SWEEP.png")
+    options = parser.parse_args(argv)
+    sweep = SWEEPS[options.sweep]
+    options.steps = options.steps or sweep.steps
+    options.seeds = options.seeds or list(range(sweep.seeds))
+    if not options.table:
+        train_missing(sweep, options)
+    rows = {}
+    for name in sweep.settings:
+        found = [read_run(run_folder(options.out, name, seed)) for seed in options.seeds]
+        rows[name] = [run for run in found if run]
+    if not any(rows.values()):
+        raise UserError(f"--out {options.out} has no finished run: leave out --table")
+    print(table(sweep.columns.split(), rows))
+    if options.sweep in PICTURES and all(rows.values()):  # half a picture replaces no whole one
+        figure = options.figure or ROOT / "assets" / f"{options.sweep}.png"
+        save_figure(PICTURES[options.sweep](rows), figure)
+        print(f"written to {figure}")
+
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])

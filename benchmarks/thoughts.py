@@ -19,6 +19,7 @@ and mask can. If the answer follows a false thought, then the thought is used.
 
 import argparse
 import random
+import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -27,24 +28,26 @@ import torch
 from matplotlib.figure import Figure
 
 import samr1_mini
-from benchmarks.sweep import ROOT, exit_with
-from data import Sample, Shapes, Thing
+from data import Sample, Shapes
 from plumbing import pictures
+from plumbing.errors import UserError, exit_with_one_line
+from plumbing.rewards import box_ious
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
-from plumbing.scenes import points_inside, taught_thought
+from plumbing.scenes import Thing, points_inside, taught_thought
+from plumbing.settings import parse_settings
+from plumbing.starts import read_with_starts
 from plumbing.vlm import Policy, load_vlm
 from reward import (
     Answer,
     SamPrompt,
     SamScorer,
-    box_ious,
     intersection_and_union,
     parse_answer,
     sam_prompt,
 )
 
-THOUGHTS = ("own", "other", "right", "empty")
+ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("box", "points", "mask")
 GROUPS = {False: "the other object is elsewhere", True: "the two objects share a box"}
 
@@ -60,6 +63,13 @@ class Case(NamedTuple):
     def shared(self) -> bool:
         """Whether the boxes overlap so much that a box on one thing can be on the other too."""
         return box_ious([self.target], [[SamPrompt(self.other.box, ())]]).item() > 0.5
+
+    def starts(self) -> dict[str, str]:
+        """What the completion is made to begin with, by the name of the thought."""
+        size = self.sample.image.size
+        other = thought(self.other, size)
+        right = thought(self.target, size)
+        return {"own": "", "other": other, "right": right, "empty": "<think></think>"}
 
 
 class Reply(NamedTuple):
@@ -83,7 +93,9 @@ def find_cases(count: int) -> list[Case]:
 
     If another thing shares the target's box, then it is the case's other thing.
     """
-    rng, heldout, cases = random.Random(0), Shapes("heldout"), []
+    rng = random.Random(0)
+    heldout = Shapes("heldout")
+    cases = []
     for index in range(count):
         image, things, query, k = heldout.scene(index)
         target = things[k]
@@ -102,34 +114,25 @@ def thought(thing: Thing, size: tuple[int, int]) -> str:
 
 def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> list[str]:
     """Greedy completions that begin with the given texts, one for each sample."""
-    texts = []
-    for rows in samr1_mini.slices(0, len(samples), s.rollout_prompts):
-        prompts = policy.read(samples[rows], starts[rows])
-        completions = samr1_mini.sample_completions(policy, prompts, s, greedy=True)
-        texts += [group[0] for group in policy.texts(completions)]
-    return [start + text for start, text in zip(starts, texts, strict=True)]
+    prompts = read_with_starts(policy, samples, starts)
+    completions = samr1_mini.sample_completions(policy, prompts, s, greedy=True)
+    texts = policy.texts(completions)
+    return [start + group[0] for start, group in zip(starts, texts, strict=True)]
 
 
 def replies(policy: Policy, scorer: SamScorer, cases: list[Case], s) -> dict[str, list[Reply]]:
-    """The replies to all cases after each of THOUGHTS."""
+    """The replies to all cases, by the name of the thought."""
     samples = [case.sample for case in cases]
-    sizes = [one.image.size for one in samples]
-    starts = {
-        "own": [""] * len(cases),
-        "other": [thought(case.other, size) for case, size in zip(cases, sizes, strict=True)],
-        "right": [thought(case.target, size) for case, size in zip(cases, sizes, strict=True)],
-        "empty": ["<think></think>"] * len(cases),
-    }
     found = {}
-    for name in THOUGHTS:
-        answers = [parse_answer(text) for text in complete(policy, samples, starts[name], s)]
+    for name in cases[0].starts():
+        texts = complete(policy, samples, [case.starts()[name] for case in cases], s)
+        answers = [parse_answer(text) for text in texts]
         prompts = [
-            sam_prompt(answer, policy.frame, *size)
-            for answer, size in zip(answers, sizes, strict=True)
+            sam_prompt(answer, policy.extent, *one.image.size)
+            for answer, one in zip(answers, samples, strict=True)
         ]
         masks = scorer.score(samples, [[prompt] for prompt in prompts], keep_masks=True).masks
-        masks = [mask[0].cpu() for mask in masks]
-        found[name] = list(map(Reply, answers, prompts, masks))
+        found[name] = [Reply(a, p, m[0]) for a, p, m in zip(answers, prompts, masks, strict=True)]
     return found
 
 
@@ -140,29 +143,25 @@ def print_table(title: str, cases: list[Case], found: dict[str, list[Reply]]) ->
         chosen = [k for k, case in enumerate(cases) if case.shared == shared]
         header = f"{meaning}, {len(chosen)} scenes"
         print(f"{header:42}" + f"{'target':>9}{'other':>7}" * len(COLUMNS))
-        for name in THOUGHTS if chosen else ():
+        for name in found if chosen else ():
             target = torch.tensor([found[name][k].on(cases[k].target) for k in chosen]).mean(0)
             other = torch.tensor([found[name][k].on(cases[k].other) for k in chosen]).mean(0)
             cells = (f"{a:9.3f}{b:7.3f}" for a, b in zip(target, other, strict=True))
             print(f"  {name + ' thought':40}" + "".join(cells))
 
 
-def pick(cases: list[Case], found: dict[str, list[Reply]], count: int) -> list[int]:
-    """The first cases of each group, `count` of each, that the policy answers rightly on its own.
+def draw(cases: list[Case], found: dict[str, list[Reply]]) -> Figure:
+    """Two cases of each group, one in each column. Above: own thought. Below: the other object's.
 
-    What it answers after the other thought plays no part in the choice.
+    They are the first that the policy answers rightly on its own. What it answers after the other
+    thought plays no part in the choice.
     """
     right = [k for k, case in enumerate(cases) if found["own"][k].on(case.target)[2]]
-    groups = [[k for k in right if cases[k].shared == shared] for shared in GROUPS]
-    return groups[0][:count] + groups[1][:count]
-
-
-def draw(cases: list[Case], found: dict[str, list[Reply]], chosen: list[int]) -> Figure:
-    """The chosen cases, one in each column. Above: own thought. Below: the other object's."""
-    figure = Figure(figsize=(3.4 * len(chosen), 7.6), dpi=100, layout="constrained")
-    grid = figure.subplots(2, len(chosen), squeeze=False)
+    chosen = [k for shared in GROUPS for k in [k for k in right if cases[k].shared == shared][:2]]
+    figure = Figure(figsize=(3.4 * max(1, len(chosen)), 7.6), dpi=100, layout="constrained")
+    grid = figure.subplots(2, max(1, len(chosen)), squeeze=False)
     for line, (name, title) in zip(grid, {"own": "own", "other": "forced"}.items(), strict=True):
-        for axes, k in zip(line, chosen, strict=True):
+        for axes, k in zip(line, chosen, strict=False):
             sample, reply = cases[k].sample, found[name][k]
             pictures.draw_mask(axes, sample.image, reply.mask.numpy(), pictures.FOUND)
             pictures.draw_outline(axes, sample.mask, pictures.TRUTH)
@@ -174,34 +173,28 @@ def draw(cases: list[Case], found: dict[str, list[Reply]], chosen: list[int]) ->
     return figure
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.thoughts", description=__doc__.split("\n")[0]
-    )
+def main(argv: list[str]) -> None:
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.thoughts", description=about)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a trained run")
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes to look at")
     figure = ROOT / "assets" / "thoughts.png"
     parser.add_argument("--figure", type=Path, default=figure, help="figure to write")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse_arguments()
+    options = parser.parse_args(argv)
     adapter = options.run / "adapter"
     if not (adapter / "adapter_config.json").is_file():
-        exit_with(f"RUN {options.run} has no adapter: name the folder of a trained run")
-    s = samr1_mini.parse_settings("train", [])
-    cases, scorer = find_cases(options.scenes), SamScorer(load_sam("tiny"))
-    if not cases:
-        exit_with(f"--scenes {options.scenes} holds no scene with two different objects: use more")
+        raise UserError(f"RUN {options.run} has no adapter: name the folder of a trained run")
+    s = parse_settings("train", [])
+    cases = find_cases(options.scenes)
+    scorer = SamScorer(load_sam("tiny"))
     for title, name in {"base model": "none", "trained model": str(adapter)}.items():
         policy = load_vlm("tiny", "cpu", s.side, s.prompt, name)
         found = replies(policy, scorer, cases, s)
         print_table(title, cases, found)
-    if chosen := pick(cases, found, count=2):
-        save_figure(draw(cases, found, chosen), options.figure)
-        print(f"\nwritten to {options.figure}")
+    save_figure(draw(cases, found), options.figure)
+    print(f"\nwritten to {options.figure}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])

@@ -6,6 +6,7 @@ import re
 import warnings
 
 LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
+LONGEST_LIST = 40_000  # the same for a list of objects: VisionReasoner lists up to 120, with labels
 LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
 
 # A literal with an odd escape is still read. Filter this once: `warnings.catch_warnings` around
@@ -18,19 +19,23 @@ READERS = (
     (json.loads, (ValueError, RecursionError)),
     (ast.literal_eval, (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)),
 )
+FULL_WIDTH = str.maketrans("，、：【】［］｛｝（）“”＂‘’＇．－", ",,:[][]{}()\"\"\"'''.-")
+COMMENT = re.compile(r"(?<!:)//.*|/\*[\s\S]*?(?:\*/|\Z)")  # "://" begins no comment
 
 
-def read_literal(text: str) -> object:
+def read_literal(text: str, longest: int = LONGEST_ANSWER) -> object:
     """What a text says as JSON or as a Python literal, or None if it is neither.
 
     Python literals have single quotes, trailing commas, `3.` or None. The text may stand in a code
-    fence, and may hold byte order marks and no-break spaces.
+    fence, and may hold byte order marks and no-break spaces. Texts of more than `longest`
+    characters are not read, those above LONGEST_ANSWER only as JSON.
     """
-    if len(text) > LONGEST_ANSWER:
+    if len(text) > longest:
         return None
+    readers = READERS if len(text) <= LONGEST_ANSWER else READERS[:1]
     text = text.replace("\ufeff", "").replace("\xa0", " ").strip()
     text = re.sub(r"^```\w*|```$", "", text).strip()
-    for read, errors in READERS:
+    for read, errors in readers:
         try:
             return read(text)
         except errors:
@@ -38,36 +43,119 @@ def read_literal(text: str) -> object:
     return None
 
 
-def answer_parts(text: str, style: str) -> tuple[object, list[object]]:
-    """The box and the points in an answer, of any type: they are not checked. None if missing.
+def read_loosely(text: str, brackets: str, longest: int) -> object:
+    """`read_literal` of what stands between the outermost brackets, "{}" or "[]", or None.
 
-    There are as many points as the prompt of this style asks for: two, or one for "visionreasoner",
-    which is answered with a list of objects. The first of them counts.
+    So prose, the word of a fence or a list of one object may stand around the object. Comments are
+    removed, and full-width punctuation is replaced, where the text cannot be read with them.
 
-    >>> answer_parts('{"bbox": [1, 2, 5, 6], "points_1": [3, 4]}', "full")
-    ([1, 2, 5, 6], [[3, 4], None])
-    >>> answer_parts('[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}]', "visionreasoner")
-    ([1, 2, 5, 6], [[3, 4]])
+    >>> read_loosely('Here it is: [{"bbox": [1，2，5，6]} // the box\\n]', "{}", longest=2000)
+    {'bbox': [1, 2, 5, 6]}
     """
-    data = read_literal(text)
-    if style == "visionreasoner":
-        first = data[0] if isinstance(data, list) and data else None
-        first = first if isinstance(first, dict) else {}
-        return first.get("bbox_2d"), [first.get("point_2d")]
-    data = data if isinstance(data, dict) else {}
-    return data.get("bbox"), [data.get("points_1"), data.get("points_2")]
-
-
-def count_objects(text: str) -> int:
-    """The number of objects that a completion lists in its last answer (VisionReasoner's form)."""
-    data = read_literal(text.rpartition("</answer>")[0].rpartition("<answer>")[2])
-    return len(data) if isinstance(data, list) else 1
-
-
-def numbers(value: object, count: int) -> tuple[float, ...] | None:
-    """`value` as floats if it is a list of `count` finite numbers, else None. True is no number."""
-    if not isinstance(value, list) or len(value) != count:
+    if len(text) > longest:
         return None
+    for version in (text, COMMENT.sub("", text.translate(FULL_WIDTH))):
+        inside = version[version.find(brackets[0]) : version.rfind(brackets[1]) + 1]
+        data = read_literal(inside, longest)
+        if data is not None:
+            return data
+    return None
+
+
+def first_braces(text: str) -> str:
+    """The first {...} of a text, braces included, or "". It ends at the first closing brace.
+
+    >>> first_braces('the <{}> box {"bbox": [1, 2, 5, 6]} or {"bbox": [3, 4, 7, 8]}')
+    '{"bbox": [1, 2, 5, 6]}'
+    """
+    for part in text.split("}")[:-1]:
+        if "{" in part[:-1]:
+            return part[part.index("{") :] + "}"
+    return ""
+
+
+def read_objects(
+    inside: str, style: str, text: str, loosely: bool = True
+) -> tuple[list[tuple], bool]:
+    """The objects of an answer, and whether it is written in the form that its prompt asks for.
+
+    inside: what stands in <answer>. style: of the prompt. text: the whole completion.
+
+    Each object is a pair: a box or None if it is missing or invalid, and a list of as many points
+    as are asked for, each of them valid or None. Only "visionreasoner" is answered with a list of
+    objects. What is not in this form is read all the same if it is clear what it says: boxes and
+    points as tuples or as lists in a list; an object without its list; and, if `loosely`, what
+    `read_loosely` finds. Two objects are not, where one is asked for.
+
+    "segzero" is read as in Seg-Zero's evaluation: the first {...} of the completion, the first keys
+    that contain "bbox" and "point", and numbers in quotes.
+
+    >>> read_objects('{"bbox": [1, 2, 5, 6], "points_1": [3, 4]}', "full", text="")
+    ([((1.0, 2.0, 5.0, 6.0), [(3.0, 4.0), None])], False)
+    >>> read_objects('[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}]', "visionreasoner", text="")
+    ([((1.0, 2.0, 5.0, 6.0), [(3.0, 4.0)])], True)
+    """
+    listed = style == "visionreasoner"
+    longest = LONGEST_LIST if listed else LONGEST_ANSWER
+    kind = list if listed else dict
+    data = read_literal(inside, longest)
+    asked_form = isinstance(data, kind)
+    if loosely and not isinstance(data, dict | kind):
+        data = read_loosely(inside, "[]" if listed else "{}", longest)
+    if style == "segzero":
+        first = read_literal(first_braces(text))
+        if isinstance(first, dict) and answer_keys(first, style)[0]:
+            data = first
+            asked_form = True
+    objects = []
+    for item in data if listed and isinstance(data, list) else [data]:
+        item = item if isinstance(item, dict) else {}
+        values = [item.get(key) for key in answer_keys(item, style)]
+        asked_form &= all(isinstance(value, list) and len(value) > 1 for value in values)
+        box, *points = values
+        box = valid_box(numbers(box, count=4, quoted=style == "segzero"))
+        points = [numbers(point, count=2, quoted=style == "segzero") for point in points]
+        objects.append((box, points))
+    return objects, asked_form
+
+
+def answer_keys(item: dict, style: str) -> list:
+    """The keys of an object's box and of its points."""
+    if style == "visionreasoner":
+        return ["bbox_2d", "point_2d"]
+    if style != "segzero":
+        return ["bbox", "points_1", "points_2"]
+    names = {key: str(key).lower() for key in item}
+    box = next((key for key in names if "bbox" in names[key]), None)
+    points = [key for key in names if "point" in names[key]]
+    points.sort(key=lambda key: "points" not in names[key])  # "points_1" before "point_count"
+    return [box, *(points + [None, None])[:2]]
+
+
+def valid_box(box: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """None for swapped corners: SAM would still draw a plausible mask of them."""
+    return box if box and box[0] < box[2] and box[1] < box[3] else None
+
+
+def numbers(value: object, count: int, quoted: bool = False) -> tuple[float, ...] | None:
+    """`value` as floats if it is a list or tuple of `count` finite numbers, else None.
+
+    It may be the only element of another list. True is no number. quoted: numbers may be strings.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, list | tuple) or len(value) != count:
+        return None
+    if quoted:
+        value = [unquote(v) for v in value]
     if not all(type(v) in (int, float) and abs(v) <= LARGEST_NUMBER for v in value):
         return None
     return tuple(map(float, value))
+
+
+def unquote(value: object) -> object:
+    """A string as a float, if it is one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None

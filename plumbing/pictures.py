@@ -32,6 +32,7 @@ PANELS = {  # of `curves`: title and metrics
 }
 NUMBERS = ("reward", "accuracy", "think_format", "answer_format", "iou")
 LONGEST_SIDE = 640  # pixels; recorded pictures are scaled down to this
+TALLEST = 4  # height over width of `found`; drawing one of 200 x the width would take 12 GiB
 PHOTOGRAPH = 256  # pixels; a picture with a longer side is stored as a JPEG, any other as a PNG
 
 # ----------------------------------------------------------------------------------------------
@@ -69,17 +70,17 @@ def draw_outline(axes, mask: np.ndarray, colour: str) -> None:
 
 
 def draw_prompt(axes, prompt) -> None:
-    """The box and points of a reward.SamPrompt, in image pixels.
+    """The boxes and points of a reward.SamPrompt, in image pixels.
 
     Their coordinates start at the edge of the first pixel. Those of matplotlib start at its middle.
     """
-    if prompt.box:
-        x1, y1, x2, y2 = prompt.box
-        corner = (x1 - 0.5, y1 - 0.5)
-        line = dict(fill=False, color="white", linewidth=1.5, clip_on=False, path_effects=EDGE)
-        axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, **line))
-    for x, y in prompt.points:
-        axes.plot(x - 0.5, y - 0.5, "o", color="white", markeredgecolor="black", markersize=5)
+    line = dict(fill=False, color="white", linewidth=1.5, clip_on=False, path_effects=EDGE)
+    for one in prompt.objects:
+        if one.box:
+            x1, y1, x2, y2 = one.box
+            axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, **line))
+        for x, y in one.points:
+            axes.plot(x - 0.5, y - 0.5, "o", color="white", markeredgecolor="black", markersize=5)
 
 
 def draw_legend(figure) -> None:
@@ -207,7 +208,10 @@ def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int 
     picks = {"best": order[:count], "median": median, "worst": order[-count:]}
     chosen = sorted({k for row in picks.values() for k in row})  # encode each image once
     batch = [dataset[k] for k in chosen]
-    prompts = [prompt_type(rows[k]["box"], rows[k]["points"]) for k in chosen]
+    prompts = []
+    for k in chosen:
+        others = [prompt_type(box, points) for box, points in rows[k].get("others", ())]
+        prompts.append(prompt_type(rows[k]["box"], rows[k]["points"], tuple(others)))
     masks = scorer.score(batch, [[prompt] for prompt in prompts], keep_masks=True).masks
     drawn = {}
     for k, one, prompt, mask in zip(chosen, batch, prompts, masks, strict=True):
@@ -217,7 +221,7 @@ def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int 
 
 def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
     """One picture with the mask of a query (H, W) bool, the prompt, and the policy's reasoning."""
-    size = (7, 7 * image.height / image.width + 1.2)
+    size = (7, 7 * min(image.height / image.width, TALLEST) + 1.2)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
     draw_answer(axes, image, mask, prompt)

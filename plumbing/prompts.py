@@ -33,10 +33,16 @@ def points_asked(style: str) -> int:
     return 1 if style == "visionreasoner" else 2
 
 
-def plain_query(query: str, style: str) -> str:
-    """A query as both systems' evaluations ask it: in lower case, without its closing sign.
+# What the evaluations of the two systems strip from both ends of a query.
+STRIPPED = {"segzero": ".", "visionreasoner": '."?!'}
 
-    >>> plain_query("What keeps the rain off?", "segzero"), plain_query("What?", "full")
-    ('what keeps the rain off', 'What?')
+
+def plain_query(query: str, style: str) -> str:
+    """A query as the evaluation of its system asks it: in lower case, without its closing sign.
+
+    >>> plain_query("What keeps the rain off?", "segzero"), plain_query("The cup.", "segzero")
+    ('what keeps the rain off?', 'the cup')
+    >>> plain_query("What?", "visionreasoner"), plain_query("What?", "full")
+    ('what', 'What?')
     """
-    return query.lower().strip('."?!') if style in REQUESTS else query
+    return query.lower().strip(STRIPPED[style]) if style in STRIPPED else query

@@ -7,14 +7,16 @@ The mask of an answer is the same under both. What is counted differs:
     segzero  Seg-Zero's evaluation. Ignored pixels are target. An answer without a valid box and all
              of its points has IoU 0. So has an image whose union is empty.
 
-Answers are greedy under both. ReasonSeg is the only set with ignored pixels.
+Of an answer that lists several objects, the masks are united. One valid object is enough for
+segzero. The columns box, points, box_iou and points_inside are about the first one alone. Answers
+are greedy under both. ReasonSeg is the only set with ignored pixels.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.answers import count_objects
+from plumbing.prompts import points_asked
 
 PROTOCOLS = {
     "lisa": "ignored pixels are left out, an empty union has IoU 1",
@@ -37,11 +39,17 @@ def protocols(s) -> tuple[str, ...]:
     return tuple(sorted(PROTOCOLS, key=lambda name: name != s.protocol))
 
 
+def is_readable(answer, style: str) -> bool:
+    """Whether an object of a reward.Answer has a valid box and all points that are asked for."""
+    objects = [(answer.box, answer.points), *answer.others]
+    return any(box and len(points) == points_asked(style) for box, points in objects)
+
+
 def count(overlap, b: int, sample, readable: bool, s) -> dict:
     """The counts of sample b, in pixels, as columns of answers.jsonl.
 
     overlap:  reward.Overlap of B samples x 3 prompts, see `PREFIXES`, with masks.
-    readable: the answer has a valid box and all of its points.
+    readable: of `is_readable`.
 
     Returns one dict with columns such as "ceiling_iou" for each of `protocols`, under its name, and
     the columns of the headline once more, without a name.
@@ -102,9 +110,6 @@ def print_protocols(metrics: dict, rows: list[dict], s) -> None:
             print(f"{ours} was probably counted by --protocol segzero, so not printed here")
     if skipped := len(rows) - metrics["n"]:
         print(f"{skipped} samples could not be used and count in no metric")
-    answers = [row["answer"] for row in rows if "answer" in row]
-    if several := sum(count_objects(answer) > 1 for answer in answers):
-        print(f"{several} answers list several objects, of which only the first counts")
 
 
 # What the paper reports, in percent. Policy: Qwen2.5-VL-7B, all weights trained. Segmenter:

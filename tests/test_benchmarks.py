@@ -1,13 +1,12 @@
-"""benchmarks/: how speed is measured, what a table without runs does, and how a thought is forced.
-
-Sweeps that train are in test_tutorial.py.
-"""
+"""benchmarks/: sweeps and their tables, how speed is measured, and how a thought is forced."""
 
 import doctest
 import json
 import math
-import sys
+import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,27 +14,26 @@ import torch
 from PIL import Image
 
 import samr1_mini
-from benchmarks import ablations, mask_or_box, sweep, thoughts
+from benchmarks import gpu_24gb, meter, sweep, thoughts
 from data import Shapes
 from grpo import Completions, group_logprobs
+from plumbing.errors import UserError
 from plumbing.scenes import interior_points
-from plumbing.vlm import Prompts, append_tokens, load_vlm
+from plumbing.settings import parse_settings
+from plumbing.starts import append_tokens
+from plumbing.vlm import Prompts, load_vlm
 from tiny.make_vlm import write_answer
 
-SWEEPS = {"ablations": ablations, "mask_or_box": mask_or_box}
-
-
-def call(monkeypatch, module, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
+QUICK = "--prompts_per_step 2 --group_size 4 --max_new_tokens 32 --save_every 100"
 
 
 def finish(run: Path, ious: list[float], giou: float = 0.5) -> None:
     """Write the files of a finished run whose sampled IoU has these values."""
     run.mkdir(parents=True)
-    names = ("giou", "ciou", "format", "box", "points", "boxonly")
-    results = {name: dict.fromkeys(names, giou) for name in ("before", "after", "ceiling")}
-    (run / "eval.json").write_text(json.dumps(results))
+    metrics = dict.fromkeys(("giou", "ciou", "box", "points", "boxonly"), giou)
+    (run / "eval.json").write_text(
+        json.dumps(dict.fromkeys(("before", "after", "ceiling"), metrics))
+    )
     rows = [{"step": k, "iou": iou, "kl": 0.1, "entropy": 0.2} for k, iou in enumerate(ious, 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -47,83 +45,160 @@ def finish(run: Path, ious: list[float], giou: float = 0.5) -> None:
 
 def test_steps_until_a_mark():
     rise = [(step - 0.5) / 100 for step in range(1, 101)]  # its centred mean is the curve itself
-    assert ablations.steps_until(rise, 0.65) == 66
-    assert ablations.steps_until(rise[::-1], 0.65) == 6  # the first step at which the window fits
-    assert ablations.steps_until([0.6] * 100, 0.65) == math.inf
-    assert ablations.steps_until([0.9] * 10, 0.65) == math.inf  # shorter than the window
-    assert ablations.steps_until([0.9] * 11, 0.65) == 6
-
-
-def test_one_lucky_step_does_not_pass_a_mark():
-    curve = [0.3] * 20 + [1.0] + [0.3] * 20 + [0.9] * 20
-    assert ablations.steps_until(curve, 0.65) > 40
-
-
-def test_area_is_larger_for_the_run_that_learns_earlier():
-    early, late = [0.2] * 50 + [0.8] * 150, [0.2] * 150 + [0.8] * 50
-    assert ablations.area(early) == pytest.approx(0.65)
-    assert ablations.area(late) == pytest.approx(0.35)
-
-
-def test_examples_of_the_speed_measures():
-    failed, tried = doctest.testmod(ablations)
+    assert sweep.steps_until(rise, 0.65) == 66
+    assert sweep.steps_until(rise[::-1], 0.65) == 6  # the first step at which the window fits
+    assert sweep.steps_until([0.6] * 100, 0.65) == math.inf
+    lucky = [0.3] * 20 + [1.0] + [0.3] * 20 + [0.9] * 20
+    assert sweep.steps_until(lucky, 0.65) > 40
+    failed, tried = doctest.testmod(sweep)
     assert tried and not failed
 
 
-def test_the_table_shows_the_speed_of_each_seed(tmp_path, monkeypatch, capsys):
+def test_the_table_and_the_picture_of_finished_runs(tmp_path, capsys):
     """One seed passes the mark at step 66, one at its start, one never."""
     rise = [(step - 0.5) / 100 for step in range(1, 101)]
-    for seed, curve in enumerate((rise, rise[::-1], [0.1] * 100)):
-        finish(sweep.run_folder(tmp_path, "raw IoU", seed), curve)
+    for name in sweep.SWEEPS["ablations"].settings:
+        for seed, curve in enumerate((rise, rise[::-1], [0.1] * 100)):
+            finish(sweep.run_folder(tmp_path, name, seed), curve, giou=0.5 + seed / 10)
     figure = tmp_path / "figure.png"
-    call(monkeypatch, ablations, "--table", "--out", tmp_path, "--figure", figure)
-    lines = capsys.readouterr().out.splitlines()
-    (line,) = (line for line in lines if line.startswith("raw IoU"))
-    assert line.endswith("66 (66, 6, never)")
-    assert "0.367 ± 0.231" in line  # areas 0.5, 0.5, 0.1
-    assert [line.split()[-2:] for line in lines if line.startswith("tiers")] == [["not", "run"]]
+    argv = ["ablations", "--table", "--out", str(tmp_path), "--figure", str(figure)]
+    sweep.main(argv)
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("| raw IoU"))
+    cells = [cell.strip() for cell in line.split("|")][2:-1]
+    assert cells[0] == cells[1] == "0.600 ± 0.100"
+    assert cells[2:4] == ["median 66", "0.367 ± 0.231"]  # of areas 0.5, 0.5, 0.1
+    assert cells[-1] == "0.500, 0.600, 0.700"
     assert Image.open(figure).width > 500
+    figure.write_bytes(b"the whole picture")
+    for seed in range(3):
+        shutil.rmtree(sweep.run_folder(tmp_path, "no KL", seed))
+    sweep.main(argv)
+    assert "| no KL | not run |" in capsys.readouterr().out
+    assert figure.read_bytes() == b"the whole picture"
 
 
-def test_both_scripts_share_the_runs_of_the_papers_setting():
-    """Same name, so same folder, and same flags. No other name is in both."""
-    both = set(ablations.SETTINGS) & set(mask_or_box.SETTINGS)
-    assert both == {sweep.PAPER}
-    flags = {script.SETTINGS[sweep.PAPER] for script in SWEEPS.values()}
-    assert flags == {""}
-    assert sweep.run_folder(Path("runs"), sweep.PAPER, 3) == Path("runs/mask-3")
-
-
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", sweep.SWEEPS)
 def test_settings_are_flags_and_folders_differ(name):
-    settings = SWEEPS[name].SETTINGS
+    settings = sweep.SWEEPS[name].settings
     for flags in settings.values():
-        samr1_mini.parse_settings("train", flags.split())  # exits if they are no flags
+        parse_settings("train", flags.split())  # raises if they are no flags
     assert len({sweep.run_folder(Path(), setting, 0) for setting in settings}) == len(settings)
+    others = [s.settings for other, s in sweep.SWEEPS.items() if other != name]
+    for shared in {setting for other in others for setting in other} & set(settings):
+        assert all(other[shared] == settings[shared] for other in others if shared in other)
 
 
-@pytest.mark.parametrize("name", SWEEPS)
-def test_a_table_without_runs_is_refused_in_one_line(name, tmp_path, monkeypatch, capsys):
-    figure = tmp_path / "figure.png"
-    figure.write_bytes(b"the committed figure")
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, SWEEPS[name], "--table", "--out", tmp_path, "--figure", figure)
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and not printed.out
-    assert len(printed.err.splitlines()) == 1 and f"--out {tmp_path}" in printed.err
-    assert figure.read_bytes() == b"the committed figure"
-
-
-@pytest.mark.parametrize("name", SWEEPS)
-def test_runs_of_another_length_are_refused(name, tmp_path, monkeypatch, capsys):
+def test_a_table_without_runs_and_runs_of_another_length_are_refused(tmp_path, monkeypatch):
     """A short trial in the shared folder must not become a point of the long sweep."""
-    finish(sweep.run_folder(tmp_path, sweep.PAPER, 0), [0.5] * 20)
+    with pytest.raises(UserError, match="has no finished run"):
+        sweep.main(["mask_or_box", "--table", "--out", str(tmp_path)])
+    finish(sweep.run_folder(tmp_path, "mask", 0), [0.5] * 20)
     monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("it must not train"))
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, SWEEPS[name], "--out", tmp_path, "--figure", tmp_path / "figure.png")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1
-    assert "--steps 200" in error and "mask-0 was trained with 20 steps" in error
+    with pytest.raises(UserError, match="--steps 200: .*mask-0 was trained with 20 steps"):
+        sweep.main(["mask_or_box", "--out", str(tmp_path)])
+
+
+def test_a_run_that_fails_is_named_and_an_interrupted_one_resumes(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=7, stderr="noise\nthe reason")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match=r"mask-0: exit code 7, .*the reason"):
+        sweep.train(tmp_path / "mask-0", "mask", "--steps 5")
+    assert commands[-1][-2:] == ["--steps", "5"]
+    (tmp_path / "mask-0" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "mask-0" / "checkpoint" / "state.pt").write_text("")
+    with pytest.raises(UserError):
+        sweep.train(tmp_path / "mask-0", "mask", "--steps 5")
+    assert commands[-1][-1] == "--resume"
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
+    """Three runs are finished. The fourth was killed before its first checkpoint."""
+    monkeypatch.setattr(sweep, "SCENES", 24)
+    runs = {n: sweep.run_folder(tmp_path, n, 0) for n in sweep.SWEEPS["mask_or_box"].settings}
+    *finished, killed = runs.values()
+    flags = f"--steps 2 --eval_samples 2 {QUICK}"
+    sweep.train(runs["mask"], "mask", flags)
+    for run in finished[1:]:
+        shutil.copytree(runs["mask"], run)
+    killed.mkdir()
+    (killed / "config.json").write_text("{}")
+    before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in finished]
+    figure = tmp_path / "figure.png"
+    argv = f"mask_or_box --seeds 0 --steps 2 --eval_samples 2 --out {tmp_path} --figure {figure}"
+    sweep.main(argv.split())
+    assert before == [(run / "metrics.jsonl").stat().st_mtime_ns for run in finished]
+    assert json.loads((killed / "config.json").read_text())["accuracy"] == "segzero_mask"
+    printed = capsys.readouterr().out
+    assert "not run" not in printed and Image.open(figure).width > 500
+    hard, plain = ([r for r in printed.splitlines() if f" {t} | " in r] for t in ("hard", "plain"))
+    assert len(hard) == len(plain) == 2
+    assert hard[0].replace("box", "mask") == hard[1]  # copies of one run
+
+
+@pytest.mark.slow
+def test_the_run_with_wrong_coordinates_reads_thousandths(tmp_path):
+    run = tmp_path / "wrong"
+    sweep.train(run, "wrong coordinates", f"--steps 1 --eval_samples 8 {QUICK}")
+    before = sweep.read_run(run)["before"]
+    assert before["format"] > 0.5 and before["box"] == 0  # all boxes lie in a corner
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed
+# --------------------------------------------------------------------------------------------------
+
+
+def test_ways_take_turns_and_the_first_turn_warms_up():
+    order = []
+    times = {"ours": [9.0, 1.0, 5.0, 3.0], "theirs": [9.0, 2.0, 2.0, 8.0]}
+
+    def way(name: str) -> dict[str, float]:
+        order.append(name)
+        return {"seconds": times[name].pop(0)}
+
+    rows = meter.take_turns({name: lambda name=name: way(name) for name in times}, repeats=3)
+    assert rows == {"ours": {"seconds": 3.0}, "theirs": {"seconds": 2.0}}
+    assert order == ["ours", "theirs"] * 4
+
+
+def allocate(mib: int) -> None:
+    torch.ones(mib * 2**18)
+
+
+def test_the_meter_sees_the_memory_of_a_call():
+    found = meter.in_new_process(meter.added_mib, allocate, 64, threads=1, malloc={})
+    assert 60 < found < 80
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_toy_size_and_reports_a_missing_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(meter, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_24gb, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr("sys.argv", ["gpu_24gb.py"])
+    gpu_24gb.main()
+    assert "no CUDA device" in capsys.readouterr().out
+    found = gpu_24gb.run_part("qwen2b", steps=2, toy=True)
+    assert found["ratio"] == 1 and found["packed"] < 1e-5 and found["graph"] < 1e-5
+    assert not found["graph_recorded"]
+    table = gpu_24gb.markdown({"qwen2b": found, "qwen3b": {"skipped": "why"}}).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.slow
+def test_our_side_of_the_comparison_with_trl_trains(tmp_path):
+    """vs_trl.py replaces functions of samr1_mini, so their signatures must agree."""
+    from benchmarks import vs_trl
+
+    small = "--group_size 4 --prompts_per_step 2 --max_new_tokens 8"
+    flags = f"{vs_trl.ALWAYS} {vs_trl.FLAGS['small']} --steps 3 {small} --out {tmp_path / 'run'}"
+    result = vs_trl.train_ours(parse_settings("train", flags.split()), "small")
+    assert len(result["length"]) == 3 and all(0 < length <= 8 for length in result["length"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,7 +208,7 @@ def test_runs_of_another_length_are_refused(name, tmp_path, monkeypatch, capsys)
 
 @pytest.fixture(scope="module")
 def settings():
-    return samr1_mini.parse_settings("train", [])
+    return parse_settings("train", [])
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +248,9 @@ def test_forced_tokens_are_computed_like_sampled_ones(policy, own):
     full, _ = group_logprobs(policy.model, prompts, completions, policy.banned)
     forced = append_tokens(prompts, starts)
     for b, start in enumerate(starts):
-        rest = (x[b : b + 1, :, len(start) :] for x in (completions.ids, completions.mask))
-        prompt, answer = forced[b : b + 1], Completions(*rest)
-        after, _ = group_logprobs(policy.model, prompt, answer, policy.banned)
+        ids, mask = (x[b : b + 1, :, len(start) :] for x in (completions.ids, completions.mask))
+        answer = Completions(ids, mask)
+        after, _ = group_logprobs(policy.model, forced[b : b + 1], answer, policy.banned)
         torch.testing.assert_close(after[0], full[b, :, len(start) :], atol=1e-4, rtol=0)
 
 
@@ -183,34 +258,22 @@ def test_appended_tokens():
     """Two prompts, one of them padded. Two tokens and one continue after the largest position."""
     ids = torch.tensor([[0, 7, 8], [4, 5, 6]])
     positions = torch.tensor([[[1, 0, 3], [0, 1, 2]]] * 3)
-    prompts = Prompts(ids, ids > 0, positions, "vision")
-    found = append_tokens(prompts, [[9, 9], [9]])
+    found = append_tokens(Prompts(ids, ids > 0, positions, "vision"), [[9, 9], [9]])
     assert found.ids.tolist() == [[7, 8, 9, 9], [4, 5, 6, 9]]
     assert found.mask.all() and found.vision == "vision"
     assert found.positions[2].tolist() == [[0, 3, 4, 5], [0, 1, 2, 3]]
-    found = append_tokens(prompts, [[], [9]])
-    assert found.mask.tolist() == [[False, False, True, True], [True] * 4]
-    assert found.ids[0, 2:].tolist() == [7, 8] and found.positions[0, 0, 2:].tolist() == [0, 3]
-
-
-def test_thoughts_are_worded_as_the_policy_was_taught():
-    for index in range(40):
-        image, things, _, _ = Shapes("heldout").scene(index)
-        for thing in things:
-            taught = write_answer(thing, image.size, thing.box, (thing.centre, thing.centre))
-            assert taught.startswith(thoughts.thought(thing, image.size) + "<answer>")
 
 
 def test_cases_have_another_thing_that_looks_different():
     cases = thoughts.find_cases(60)
-    assert 40 < len(cases) <= 60
-    assert 10 < sum(case.shared for case in cases) < 50
+    assert 40 < len(cases) <= 60 and 10 < sum(case.shared for case in cases) < 50
     for case in cases:
         assert (case.target.kind, case.target.colour) != (case.other.kind, case.other.colour)
-        assert not (case.target.mask & case.other.mask).any()
-        things = Shapes("heldout").scene(int(case.sample.id.split("-")[1]))[1]
+        image, things, _, _ = Shapes("heldout").scene(int(case.sample.id.split("-")[1]))
         near = [max(abs(np.subtract(case.target.box, thing.box))) <= 3 for thing in things]
         assert sum(near) == (2 if case.shared else 1)  # such a thing is preferred
+        taught = write_answer(case.other, image.size, case.other.box, (case.other.centre,) * 2)
+        assert taught.startswith(case.starts()["other"] + "<answer>")
 
 
 def test_a_reply_is_on_the_thing_that_box_points_and_mask_name():
@@ -222,31 +285,15 @@ def test_a_reply_is_on_the_thing_that_box_points_and_mask_name():
     assert reply.on(case.target) == (1.0, 0.0, 0.0)  # the box cannot tell them apart
 
 
-def test_a_run_without_an_adapter_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, thoughts, tmp_path)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1 and str(tmp_path) in error
-
-
 @pytest.mark.slow
-def test_an_untrained_adapter_has_the_base_models_table(settings, tmp_path, monkeypatch, capsys):
+def test_an_untrained_adapter_has_the_base_models_table(settings, tmp_path, capsys):
+    with pytest.raises(UserError, match="has no adapter"):
+        thoughts.main([str(tmp_path)])
     base = load_vlm("tiny", "cpu", settings.side, settings.prompt)
     samr1_mini.add_lora(base.model, rank=2, seed=0).save_pretrained(tmp_path / "adapter")
     figure = tmp_path / "figure.png"
-    call(monkeypatch, thoughts, tmp_path, "--scenes", 24, "--figure", figure)
-    printed = capsys.readouterr().out
-    _, first, second = printed.split("written to")[0].split(" model ")
+    thoughts.main([str(tmp_path), "--scenes", "24", "--figure", str(figure)])
+    _, first, second = capsys.readouterr().out.split("written to")[0].split(" model ")
     rows = [[line for line in part.splitlines() if " thought " in line] for part in (first, second)]
     assert len(rows[0]) == 8 and rows[0] == rows[1]
     assert Image.open(figure).height > 500
-
-
-@pytest.mark.slow
-def test_our_side_of_the_comparison_with_trl_trains(tmp_path, monkeypatch):
-    """vs_trl.py replaces functions of samr1_mini, so their signatures must agree."""
-    vs_trl = pytest.importorskip("benchmarks.vs_trl")
-    small = "--group_size 4 --prompts_per_step 2 --max_new_tokens 8"
-    flags = f"{vs_trl.ALWAYS} {vs_trl.FLAGS['small']} --steps 3 {small} --out {tmp_path / 'run'}"
-    result = vs_trl.train_ours(samr1_mini.parse_settings("train", flags.split()), "small")
-    assert len(result["length"]) == 3 and all(0 < length <= 8 for length in result["length"])

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
-from torchvision.ops import box_iou
 from transformers import (
     AutoProcessor,
     Qwen2VLImageProcessor,
@@ -17,10 +17,10 @@ from transformers import (
 
 import samr1_mini
 from data import Shapes, messages
-from grpo import Completions, group_logprobs, rollout
+from grpo import group_logprobs, rollout
+from plumbing.rewards import true_box
 from plumbing.scenes import interior_points
-from plumbing.vlm import load_vlm, vlm_path
-from reward import parse_answer, sam_prompt
+from plumbing.vlm import Policy, load_vlm, vlm_path
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,6 @@ def qwen3vl(tmp_path_factory):
     """A folder with a Qwen3-VL of 0.1 million random weights and the tiny model's tokenizer."""
     tiny = AutoProcessor.from_pretrained(vlm_path("tiny"))
     tokens = tiny.tokenizer
-    special = {
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-    }
     config = Qwen3VLConfig(
         text_config=dict(
             vocab_size=len(tokens),
@@ -57,7 +51,10 @@ def qwen3vl(tmp_path_factory):
             num_position_embeddings=64,
             deepstack_visual_indexes=[0, 1],
         ),
-        **{name: tokens.convert_tokens_to_ids(token) for name, token in special.items()},
+        vision_start_token_id=tokens.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokens.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokens.convert_tokens_to_ids("<|video_pad|>"),
     )
     torch.manual_seed(0)
     patches = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
@@ -98,13 +95,19 @@ def separate_forward(policy, sample, completion):
 
 def test_qwen3vl_logprobs_equal_a_separate_forward(qwen3vl):
     """Its vision tower feeds several layers (deepstack). Slicing prompts must slice all of them."""
-    policy = load_vlm(str(qwen3vl), "cpu", 96, "brief")
-    assert policy.coordinates == "thousandths" and policy.frame == 1000
+    policy = load_vlm(str(qwen3vl), device="cpu", side=96, prompt="brief")
+    assert policy.coordinates == "thousandths" and policy.extent == 1000
     batch = [Shapes("heldout")[i] for i in range(3)]
     prompts = policy.read(batch)
-    generator = torch.Generator().manual_seed(0)
-    limits = (7, policy.end, policy.banned)
-    completions = rollout(policy.model, prompts, 3, *limits, generator=generator)
+    completions = rollout(
+        policy.model,
+        prompts,
+        G=3,
+        max_new_tokens=7,
+        end=policy.end,
+        banned=policy.banned,
+        generator=torch.Generator().manual_seed(0),
+    )
     completions.mask[0, 0, 4:] = False  # unequal lengths
     whole, _ = group_logprobs(policy.model, prompts, completions, policy.banned)
     part = slice(1, 3)
@@ -122,8 +125,7 @@ def test_qwen3vl_trains_from_the_command_line(qwen3vl, tmp_path):
     flags = "--side 96 --steps 1 --eval_samples 2 --prompts_per_step 2 --group_size 2"
     flags += " --max_new_tokens 6 --save_memory 2"
     run = tmp_path / "run"
-    command = ["train", "--vlm", str(qwen3vl), *flags.split(), "--out", str(run)]
-    samr1_mini.main(command)
+    samr1_mini.main(["train", "--vlm", str(qwen3vl), *flags.split(), "--out", str(run)])
     assert json.loads((run / "config.json").read_text())["side"] == 96
 
 
@@ -131,47 +133,34 @@ def test_a_small_model_takes_one_thread_under_any_name():
     """On two busy cores, two threads make a step of such a model many times slower."""
     torch.set_num_threads(2)
     try:
-        load_vlm(vlm_path("tiny"), "cpu", 64, "brief")
+        load_vlm(vlm_path("tiny"), device="cpu", side=64, prompt="brief")
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("coordinates", ["pixels", "thousandths"])
-def test_true_boxes_in_the_coordinates_of_the_policy_are_found(coordinates, scorer, monkeypatch):
-    """A stand-in policy writes the true box of scenes that are not square.
+@pytest.mark.parametrize("coordinates, extent", [("pixels", 64), ("thousandths", 1000)])
+def test_true_boxes_in_the_coordinates_of_the_policy_are_found(
+    coordinates, extent, scorer, samples, monkeypatch
+):
+    """A stand-in policy writes the true box of scenes, of which some are not square.
 
     SAM finds the object only if the box is scaled exactly once, each axis by its own factor.
     """
-    policy = load_vlm("tiny", "cpu", 64, "brief")
-    assert policy.coordinates == "pixels" and policy.frame == 64
+    policy = load_vlm("tiny", device="cpu", side=64, prompt="brief")
     policy = dataclasses.replace(policy, coordinates=coordinates)
-    scenes = [Shapes("heldout")[i] for i in range(60)]
-    batch = [one for one in scenes if one.image.width != one.image.height][:12]
-    far = {"pixels": 64, "thousandths": 1000}[coordinates]  # the number of the image's far edge
-
-    def true_answers(_):
-        texts = []
-        for one in batch:
-            scale = far / one.image.width, far / one.image.height
-            box = samr1_mini.true_box(one.mask)
-            x1, y1, x2, y2 = (round(v * scale[k % 2]) for k, v in enumerate(box))
-            points = [[x * scale[0], y * scale[1]] for x, y in interior_points(one.mask)]
-            body = {"bbox": [x1, y1, x2, y2], "points_1": points[0], "points_2": points[1]}
-            body = json.dumps(body)
-            texts.append([f"<think>t</think><answer>{body}</answer>"])
-        return texts
-
-    monkeypatch.setattr(policy, "texts", true_answers)
-    nothing = Completions(None, None)
-    monkeypatch.setattr(samr1_mini, "sample_completions", lambda *_, **__: nothing)
-    rows = samr1_mini.evaluate_batch(policy, scorer, batch, None)
+    assert policy.extent == extent
+    texts = []
+    for one in samples:
+        scale = extent / np.array(one.image.size)
+        box = np.round(true_box(one.mask) * np.tile(scale, 2))
+        points = np.array(interior_points(one.mask)) * scale
+        body = {"bbox": list(box), "points_1": list(points[0]), "points_2": list(points[1])}
+        texts.append([f"<think>t</think><answer>{json.dumps(body)}</answer>"])
+    monkeypatch.setattr(Policy, "texts", lambda *_: texts)
+    s = samr1_mini.parse_settings("eval", ["--max_new_tokens", "1"])
+    rows = samr1_mini.evaluate_batch(policy, scorer, samples, s)
     metrics = samr1_mini.compute_metrics(rows)
     ceiling = samr1_mini.compute_metrics(rows, "ceiling_")["giou"]  # the same, not rounded
     assert abs(metrics["giou"] - ceiling) < 0.02 and ceiling > 0.8
-    assert metrics["box"] == 1 and metrics["format"] == 1
-    assert metrics["points"] == 1
-    # The same answer in a wrong frame gives a wrong box.
-    wrong = sam_prompt(parse_answer(rows[0]["answer"]), policy.frame * 2, *batch[0].image.size)
-    boxes = torch.tensor([[wrong.box], [samr1_mini.true_box(batch[0].mask)]])
-    assert box_iou(*boxes) < 0.5
+    assert metrics["box"] == metrics["format"] == metrics["points"] == 1

@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,15 +13,22 @@ from hypothesis import strategies as st
 from makers import make_reasonseg
 from PIL import Image
 
-import reward
 import samr1_mini
 from data import Sample, messages
-from plumbing import answers, prompts, protocols
-from plumbing.photos import load_data
+from plumbing import answers, pictures, prompts, protocols, rewards
 from plumbing.sam import load_sam
-from reward import Answer, SamPrompt, SamScorer, parse_answer, score_completions
-
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
+from plumbing.settings import parse_settings
+from plumbing.sources import load_data
+from reward import (
+    Answer,
+    Overlap,
+    SamPrompt,
+    SamScorer,
+    intersection_and_union,
+    parse_answer,
+    sam_prompt,
+    score_completions,
+)
 
 
 @pytest.mark.parametrize("module", [protocols, prompts, answers])
@@ -34,162 +42,90 @@ def test_docstring_examples(module):
 # --------------------------------------------------------------------------------------------------
 
 
-def settings_of(*flags: str):
-    return samr1_mini.parse_settings("eval", list(flags))
+@pytest.mark.parametrize(
+    "mask, truth, ignore, readable, lisa, segzero",
+    [
+        # lisa: of 0, 1, 2, 5 it finds 0 and 1; 5 is wrong. segzero: of the targets 0 to 4 it finds
+        # 0, 1 and 3; 5 is wrong.
+        ("110101", "111000", "000110", True, (2, 4, 0.5), (3, 6, 0.5)),
+        ("1101", "1010", "0000", True, (1, 4, 0.25), (1, 4, 0.25)),
+        # An unreadable answer has IoU 0 in segzero: the union is the target.
+        ("11010", "11100", "00011", False, (2, 3, 2 / 3), (0, 5, 0)),
+        # An empty union is 1 for lisa and 0 for segzero.
+        ("000", "000", "000", True, (0, 0, 1), (0, 0, 0)),
+        ("100", "000", "100", True, (0, 0, 1), (1, 1, 1)),
+    ],
+)
+def test_the_counts_of_both_protocols(mask, truth, ignore, readable, lisa, segzero):
+    """Pixels in one line. All three prompts get the same mask."""
+    mask, truth, ignore = (np.array([list(line)]) == "1" for line in (mask, truth, ignore))
+    masks = torch.from_numpy(mask).expand(3, -1, -1)
+    counts = intersection_and_union(masks, torch.from_numpy(truth), torch.from_numpy(ignore))
+    intersection, union = (x[None] for x in counts)  # (1, 3)
+    overlap = Overlap(intersection, union, torch.ones(1, 3, dtype=torch.bool), [masks])
+    sample = Sample(Image.new("RGB", (6, 1)), "q", truth, ignore if ignore.any() else None, "")
+    for headline in ("lisa", "segzero"):
+        s = parse_settings("eval", ["--protocol", headline])
+        found = protocols.count(overlap, 0, sample, readable, s)
+        for name, expected in (("lisa", lisa), ("segzero", segzero)):
+            assert counts_of(found[name], "") == pytest.approx(expected)
+            assert counts_of(found[name], "boxonly_") == pytest.approx(expected)
+        assert counts_of(found, "") == counts_of(found[headline], "")
+    ceiling = counts_of(found["segzero"], "ceiling_")  # does not depend on the answer
+    assert ceiling[0] == (mask & (truth | ignore)).sum()
 
 
-@pytest.fixture
-def count(scorer, monkeypatch):
-    """A function count(mask, truth, ignore, readable) -> columns. SAM finds `mask`, one line."""
-    real = reward.intersection_and_union
-
-    def count(mask, truth, ignore, readable=True, *flags):
-        truth, ignore = (np.array([line], bool) for line in (truth, ignore))
-        found = torch.tensor([[mask]] * 3, dtype=torch.bool)
-        patched = lambda masks, *others: real(found, *others)  # noqa: E731
-        monkeypatch.setattr(reward, "intersection_and_union", patched)
-        image = Image.new("RGB", truth.shape[::-1])
-        sample = Sample(image, "q", truth, ignore if ignore.any() else None, "")
-        overlap = scorer.score([sample], [[SamPrompt(None, ((1.0, 0.5),))] * 3])
-        return protocols.count_both(overlap, 0, sample, readable, settings_of(*flags))
-
-    return count
-
-
-def counts_of(columns: dict, prefix: str = "") -> tuple:
+def counts_of(columns, prefix):
     return tuple(columns[prefix + name] for name in ("intersection", "union", "iou"))
 
 
-def test_ignored_pixels_leave_the_count_or_are_target(count):
-    """Pixels 0, 1, 2 are target, 3 and 4 ignored, 5 neither. The mask holds 0, 1, 3 and 5.
-
-    lisa: of 0, 1, 2, 5 it finds 0 and 1; 5 is wrong: 2 / 4. segzero: of the targets 0 to 4 it finds
-    0, 1 and 3; 5 is wrong: 3 / 6.
-    """
-    found = count([1, 1, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0])
-    for prefix in protocols.PREFIXES:
-        assert counts_of(found["lisa"], prefix) == (2, 4, 0.5)
-        assert counts_of(found["segzero"], prefix) == (3, 6, 0.5)
-    found = count([1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0])
-    assert counts_of(found["lisa"]) == (2, 3, pytest.approx(2 / 3))
-    assert counts_of(found["segzero"]) == (4, 5, 0.8)
+def answer_with(monkeypatch, texts):
+    """Let the policy write these completions, one for each sample."""
+    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda *_: [[text] for text in texts])
 
 
-def test_without_ignored_pixels_both_count_the_same(count):
-    found = count([1, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0])
-    assert counts_of(found["lisa"]) == counts_of(found["segzero"]) == (1, 4, 0.25)
-
-
-def test_an_unreadable_answer_has_iou_0_in_segzero_only(count):
-    """LISA's counts what SAM made of the valid part. The ceiling does not depend on the answer."""
-    found = count([1, 1, 0, 1, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 1], False)
-    assert counts_of(found["lisa"]) == (2, 3, pytest.approx(2 / 3))
-    for prefix in ("", "boxonly_"):
-        assert counts_of(found["segzero"], prefix) == (0, 5, 0)  # the union is the target
-    assert counts_of(found["segzero"], "ceiling_") == (3, 5, 0.6)
-
-
-def test_an_empty_union_is_1_for_lisa_and_0_for_segzero(count):
-    found = count([0, 0, 0], [0, 0, 0], [0, 0, 0])
-    assert counts_of(found["lisa"]) == (0, 0, 1) and counts_of(found["segzero"]) == (0, 0, 0)
-    # Everything is ignored: empty for LISA, a target of one pixel for Seg-Zero.
-    found = count([1, 0, 0], [0, 0, 0], [1, 0, 0])
-    assert counts_of(found["lisa"]) == (0, 0, 1) and counts_of(found["segzero"]) == (1, 1, 1)
-
-
-def test_the_headline_is_the_protocol_of_the_flag(count):
-    line = ([1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0])
-    for name in ("lisa", "segzero"):
-        found = count(*line, True, "--protocol", name)
-        assert counts_of(found) == counts_of(found[name])
-    assert protocols.protocols(samr1_mini.parse_settings("train", [])) == ("lisa", "segzero")
-    with pytest.raises(SystemExit):
-        samr1_mini.parse_settings("train", ["--protocol", "segzero"])
-
-
-TEXTS = {  # answers to the five images of makers.REASONSEG, in policy pixels
-    "right": '{"bbox": [8, 12, 34, 42], "points_1": [15, 20], "points_2": [25, 30]}',
-    "wide": '{"bbox": [5, 6, 50, 60], "points_1": [30, 30], "points_2": [20, 20]}',
-    "box only": '{"bbox": [4, 4, 60, 60]}',
-    "no box": '{"points_1": [30, 30], "points_2": [20, 20]}',
-    "unreadable": "no idea",
-}
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """The policy answers with `TEXTS`. Returns a list that receives each call of SAM."""
-    texts = [[f"<think>t</think><answer>{body}</answer>"] for body in TEXTS.values()]
-    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda self, completions: texts)
-    score, calls = SamScorer.score, []
-
-    def noted(self, samples, prompts, keep_masks=False):
-        calls.append(len(samples) * len(prompts[0]))
-        return score(self, samples, prompts, keep_masks)
-
-    monkeypatch.setattr(SamScorer, "score", noted)
-    return calls
-
-
-def evaluate(tmp_path, *flags: str) -> tuple[list[dict], dict]:
-    """The rows and results of an evaluation on a miniature ReasonSeg."""
-    make_reasonseg(tmp_path / "set", ("val",))
-    out = tmp_path / "-".join(("eval", *flags))
-    data = ["--data", f"reasonseg:{tmp_path}/set/val"]
-    samr1_mini.main(["eval", "--out", str(out), *data, *flags])
+def evaluate(out, *flags):
+    """Rows and results of an evaluation."""
+    samr1_mini.main(["eval", "--out", str(out), *flags])
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     return rows, json.loads((out / "eval.json").read_text())
 
 
-def test_one_run_on_reasonseg_gives_both_columns(tmp_path, scripted, capsys):
+def wrap(body):
+    return f"<think>t</think><answer>{body}</answer>"
+
+
+@pytest.mark.parametrize("protocol", ["lisa", "segzero"])
+def test_an_evaluation_on_reasonseg_has_both_columns(tmp_path, monkeypatch, capsys, protocol):
     pytest.importorskip("cv2")
-    rows, results = evaluate(tmp_path, "--protocol", "segzero")
+    full = '{"bbox": [8, 12, 34, 42], "points_1": [15, 20], "points_2": [25, 30]}'
+    box_only = '{"bbox": [4, 4, 60, 60]}'
+    answer_with(monkeypatch, map(wrap, [full, full, box_only, "no idea", full]))
+    make_reasonseg(tmp_path, ("val",))
+    spec = f"reasonseg:{tmp_path}/val"
+    rows, results = evaluate(tmp_path / "run", "--data", spec, "--protocol", protocol)
     said = capsys.readouterr().out
-    assert scripted == [15, 5]  # three prompts of each image, then the pictures of the sheet
-    dataset, scorer = (
-        load_data(f"reasonseg:{tmp_path}/set/val", "heldout"),
-        SamScorer(load_sam("tiny")),
-    )
-    expected = {"lisa": [], "segzero": []}
-    for one, row, name in zip(dataset, rows, TEXTS, strict=True):
+    scorer = SamScorer(load_sam("tiny"))
+    pairs = {"lisa": [], "segzero": []}
+    for sample, row in zip(load_data(spec, "heldout"), rows, strict=True):
         prompt = SamPrompt(row["box"] and tuple(row["box"]), tuple(map(tuple, row["points"])))
-        mask = scorer.score([one], [[prompt]], keep_masks=True).masks[0][0].numpy()
-        ignore = np.zeros_like(mask) if one.ignore is None else one.ignore
-        counted = mask[~ignore], one.mask[~ignore]
-        expected["lisa"].append(((counted[0] & counted[1]).sum(), (counted[0] | counted[1]).sum()))
-        target = one.mask | ignore
-        mask = mask if name in ("right", "wide") else np.zeros_like(mask)
-        expected["segzero"].append(((mask & target).sum(), (mask | target).sum()))
-    assert sum(one.ignore is not None for one in dataset) == 2
-    for name, pairs in expected.items():
-        assert [(row[name]["intersection"], row[name]["union"]) for row in rows] == pairs
-        giou = np.mean([i / u for i, u in pairs])
-        ciou = sum(i for i, u in pairs) / sum(u for i, u in pairs)
-        assert results["base"][f"{name}_giou"] == pytest.approx(giou)
-        assert results["base"][f"{name}_ciou"] == pytest.approx(ciou)
-        assert f"--protocol {name}" in said and f"gIoU {giou:.3f}, cIoU {ciou:.3f}" in said
-    assert (
-        results["base"]["giou"] == results["base"]["segzero_giou"] != results["base"]["lisa_giou"]
-    )
-    assert results["ceiling"]["segzero_giou"] != results["ceiling"]["lisa_giou"]
-    assert "gIoU 64.0, cIoU 55.8; probably" in said
-    # A resumed evaluation keeps its protocol.
-    out = ["--resume", "--out", str(tmp_path / "eval---protocol-segzero")]
-    assert samr1_mini.parse_settings("eval", out).protocol == "segzero"
-    with pytest.raises(SystemExit):
-        samr1_mini.parse_settings("eval", [*out, "--protocol", "lisa"])
-    assert "--protocol" in capsys.readouterr().err
-
-
-def test_the_papers_figures_stand_beside_their_protocol_only(tmp_path, scripted, capsys):
-    pytest.importorskip("cv2")
-    rows, results = evaluate(tmp_path)
-    said = capsys.readouterr().out
-    assert results["base"]["protocol"] == "lisa" and rows[0]["iou"] == rows[0]["lisa"]["iou"]
-    assert "64.0" not in said and "probably counted by --protocol segzero" in said
-    for spec in ("shapes", "reasonseg:data/train", "refcocog:data"):
-        assert not protocols.paper_results(spec)
-    assert protocols.paper_results("refcocog:data/test") == "gIoU 75.4, cIoU 73.1"
+        mask = scorer.score([sample], [[prompt]], keep_masks=True).masks[0][0].numpy()
+        ignore = np.zeros_like(mask) if sample.ignore is None else sample.ignore
+        found, truth = mask[~ignore], sample.mask[~ignore]
+        pairs["lisa"].append([(found & truth).sum(), (found | truth).sum()])
+        found, truth = mask & row["format"], sample.mask | ignore
+        pairs["segzero"].append([(found & truth).sum(), (found | truth).sum()])
+    for name, counted in pairs.items():
+        assert [[row[name]["intersection"], row[name]["union"]] for row in rows] == counted
+        intersection, union = np.array(counted).T
+        assert results["base"][f"{name}_giou"] == pytest.approx(np.mean(intersection / union))
+        assert results["base"][f"{name}_ciou"] == pytest.approx(intersection.sum() / union.sum())
+    assert results["base"]["segzero_giou"] != results["base"]["lisa_giou"]
+    assert results["base"]["giou"] == results["base"][f"{protocol}_giou"]
+    assert results["ceiling"]["protocol"] == protocol
+    # The paper's figures stand beside their protocol only.
+    assert ("gIoU 64.0, cIoU 55.8; probably" in said) == (protocol == "segzero")
+    assert ("probably counted by --protocol segzero" in said) == (protocol == "lisa")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,134 +133,148 @@ def test_the_papers_figures_stand_beside_their_protocol_only(tmp_path, scripted,
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("style, keys", [("segzero", 2), ("visionreasoner", 1)])
-def test_the_example_of_a_prompt_is_a_valid_answer(style, keys):
+@pytest.mark.parametrize("style, points", [("segzero", 2), ("visionreasoner", 1)])
+def test_the_example_of_a_prompt_is_a_valid_answer(style, points):
     (user,) = messages("The {red} Thing.", style, "pixels", 840)  # without a system message
-    image, text = user["content"]
-    assert image == {"type": "image"} and user["role"] == "user"
-    text = text["text"]
-    assert "the {red} thing\n" in text and "{{" not in text and "{query}" not in text
-    assert "in pixels of the 840 x 840 image" in text
+    text = user["content"][1]["text"]
+    assert "the {red} thing\n" in text and "in pixels of the 840 x 840 image" in text
     answer = parse_answer(re.search("<think>your.*", text)[0], style)
-    assert answer.think_format and answer.answer_format and len(answer.points) == keys
-    for other in {"full", "segzero", "visionreasoner"} - {style}:
-        valid = {style, other} == {"full", "segzero"}
-        assert parse_answer(re.search("<think>your.*", text)[0], other).answer_format == valid
+    assert answer.think_format and answer.answer_format and len(answer.points) == points
     assert "thousandths" in messages("it", style, "thousandths", 840)[0]["content"][1]["text"]
 
 
 ONE = '{"bbox_2d": [1, 2, 30, 40], "point_2d": [5, 6]}'
-OTHER = '{"bbox_2d": [50, 50, 60, 60], "point_2d": [55, 55]}'
-NESTED = "[" * 900 + "]" * 900
-
-
-def listed(body: str) -> Answer:
-    return parse_answer(f"<think>t</think><answer>{body}</answer>", "visionreasoner")
-
-
-@pytest.mark.parametrize(
-    "body", [f"[{ONE}]", f"```json\n[{ONE}]\n```", f"[{ONE},]".replace('"', "'")]
-)
-def test_a_list_of_one_object_is_read(body):
-    assert listed(body) == Answer(True, True, (1, 2, 30, 40), ((5, 6),), "t", 1)
-
-
-def test_the_first_of_several_objects_counts_and_their_number_is_kept():
-    assert listed(f"[{ONE}, {OTHER}, {OTHER}]") == (True, True, (1, 2, 30, 40), ((5, 6),), "t", 3)
-    assert listed(f"[{OTHER}, 5]") == (True, True, (50, 50, 60, 60), ((55, 55),), "t", 2)
-
-
-def test_the_parts_of_an_object_are_judged_separately():
-    assert listed('[{"bbox_2d": [1, 2, 30, 40]}]')[1:4] == (False, (1, 2, 30, 40), ())
-    assert listed('[{"point_2d": [5, 6]}]')[1:4] == (False, None, ((5, 6),))
-    for box in (
-        "[30, 2, 1, 40]",
-        "[1, 2, 3]",
-        "[1, 2, NaN, 4]",
-        "[1, 2, 1e99, 4]",
-        "[true, 2, 3, 4]",
-    ):
-        found = listed(f'[{{"bbox_2d": {box}, "point_2d": [5, 6]}}]')
-        assert found[1:4] == (False, None, ((5, 6),)), box
-
-
-HOSTILE = ("", "[]", "{}", "5", "[5]", "[[]]", "[null]", ONE, f"[[{ONE}]]", f"[5, {ONE}]", NESTED)
+SECOND = '{"bbox_2d": [50, 50, 60, 62], "point_2d": [55, 56]}'
+SWAPPED = '{"bbox_2d": [60, 50, 50, 62]}'
+BOX = (1, 2, 30, 40)
+POINT = ((5, 6),)
+OTHER = ((50, 50, 60, 62), ((55, 56),))
 
 
 @pytest.mark.parametrize(
-    "body", [*HOSTILE, f"[{ONE}, " + f"{OTHER}, " * 99 + "]", '[{"bbox_2d": {}}]']
+    "body, valid, box, points, others",
+    [
+        (f"[{ONE}]", True, BOX, POINT, ()),
+        (f"```json\n[{ONE},]\n```".replace('"', "'"), True, BOX, POINT, ()),
+        (f"[{ONE}, {SECOND}, {SECOND}]", True, BOX, POINT, (OTHER, OTHER)),
+        # Valid objects stay, and the format is that of a list without errors.
+        (f"[{ONE}, 5, {SWAPPED}, {SECOND}]", False, BOX, POINT, (OTHER,)),
+        (f"[{SWAPPED}, {ONE}]", False, BOX, POINT, ()),
+        (f"[{ONE}, [{SECOND}]]", False, BOX, POINT, ()),
+        ('[{"bbox_2d": [1, 2, 30, 40]}]', False, BOX, (), ()),
+        ('[{"point_2d": [5, 6]}]', False, None, POINT, ()),
+        (f"[{ONE}]".replace("1,", "NaN,"), False, None, POINT, ()),
+        *((ONE, False, BOX, POINT, ()), (f"So: [{ONE}].", False, BOX, POINT, ())),
+        (f"[{ONE} {SECOND}]", False, None, (), ()),  # no comma
+        *(("[]", False, None, (), ()), ("[null]", False, None, (), ()), ("5", False, None, (), ())),
+    ],
 )
-def test_anything_else_is_no_answer(body):
-    found = listed(body)
-    assert (found.think_format, found.answer_format, found.box, found.points) == (
-        True,
-        False,
-        None,
-        (),
-    )
+def test_a_list_of_objects_is_read(body, valid, box, points, others):
+    found = parse_answer(wrap(body), "visionreasoner")
+    assert found == Answer(True, valid, box, points, "t", others)
+    for style in ("full", "brief"):
+        assert parse_answer(wrap(body), style) == Answer(True, False, None, (), "t")
 
 
-@settings(max_examples=100, deadline=None)
+def test_a_list_may_be_long():
+    """VisionReasoner's longest answers: 120 objects, each with the query as its label."""
+    item = SECOND[:-1] + ', "label": "' + "something that grows in the garden " * 6 + '"}'
+    answer = parse_answer(wrap("[" + ", ".join([ONE] + [item] * 119) + "]"), "visionreasoner")
+    assert answer == Answer(True, True, BOX, POINT, "t", (OTHER,) * 119)
+    prompt = sam_prompt(answer, 64, 128, 64)
+    assert prompt.objects[0] == SamPrompt((2, 2, 60, 40), ((10, 6),), prompt.others)
+    assert prompt.others == (SamPrompt((100, 50, 120, 62), ((110, 56),)),) * 119
+
+
+TWO = ((5, 6), (7, 8))
+
+
+KEYS = '"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7, 8]}'
+QUOTED = '{"bbox": ["1", "2", "30", "40"], "points_1": ["5", 6], "points_2": [7, "8.0"]}'
+TWO = ((5, 6), (7, 8))
+
+
+@pytest.mark.parametrize(
+    "text, valid, box, points",
+    [
+        (wrap(QUOTED), True, BOX, TWO),
+        (wrap(QUOTED.replace("30", "thirty")), False, None, TWO),
+        (wrap("{" + KEYS.replace("bbox", "BBox_2d").replace("points", "point")), True, BOX, TWO),
+        (wrap('[{"point_count": 2, ' + KEYS + "]"), True, BOX, TWO),
+        ("{} It is {" + KEYS + ", not {" + KEYS.replace("1", "9"), True, BOX, TWO),
+        # Its first {...} has no box: as in our own form.
+        ('<think>{"a": 1}</think>' + wrap('{"a": {}, ' + KEYS)[16:], True, BOX, TWO),
+        ("{" + KEYS[:-1], False, None, ()),
+        ("}{", False, None, ()),
+        (wrap("{1: 2}"), False, None, ()),
+    ],
+)
+def test_segzeros_answers_are_read_as_in_its_evaluation(text, valid, box, points):
+    assert parse_answer(text, "segzero")[1:4] == (valid, box, points)
+
+
+@pytest.mark.parametrize(
+    "style, body, readable",
+    [
+        ("full", 'So: {"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7, 8]}', True),
+        ("full", '{"bbox": [1, 2, 30, 40], "points_1": [5, 6]}', False),
+        ("visionreasoner", f"[{SWAPPED}, {ONE}]", True),
+        ("visionreasoner", f"[{SWAPPED}]", False),
+        ("visionreasoner", "[]", False),
+    ],
+)
+def test_what_seg_zeros_protocol_counts(style, body, readable):
+    assert protocols.is_readable(parse_answer(wrap(body), style), style) == readable
+
+
+@pytest.mark.filterwarnings("ignore:invalid")  # pytest forgets the filter of answers.py
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(st.text("[]{}\"':,0123456789.-+eNaI bbox_2dpoint\\"))
 def test_no_list_makes_the_reader_raise(body):
     for text in (body, f"[{ONE}{body}]", f"[{{'bbox_2d': {body}}}]"):
-        for style in ("visionreasoner", "segzero"):
-            answer = parse_answer(f"<think>t</think><answer>{text}</answer>", style)
-            assert isinstance(answer.objects, int) and answer.think_format
+        for style in ("full", "segzero", "visionreasoner"):
+            assert parse_answer(wrap(text), style).think_format
 
 
-def test_other_styles_do_not_read_a_list_nor_its_keys(scorer, samples):
-    text = f"<think>t</think><answer>[{ONE}]</answer>"
-    for style in ("full", "brief", "segzero"):
-        assert parse_answer(text, style) == (True, False, None, (), "t", 1)
-    injected = parse_answer('<answer>{"objects": "many"}</answer>', "segzero")
-    assert injected.objects == 1
-    for style, expected in (("visionreasoner", 1), ("full", 0)):
-        scores = score_completions(scorer, samples[:1], [[text]], 64, style=style)
-        assert scores.answer_format.item() == expected
+FLAGS = ("--prompt", "visionreasoner", "--max_new_tokens", "2")
 
 
-def test_eval_with_visionreasoners_prompt_counts_longer_lists(tmp_path, monkeypatch, capsys):
-    """The point of the first object lies on the target of its scene."""
-    texts, scenes = [], load_data("shapes", "heldout")
-    for one in (scenes[0], scenes[1]):
-        (y, x), (height, width) = np.argwhere(one.mask)[0] + 0.5, one.mask.shape
-        first = {"bbox_2d": [1, 2, 30, 40], "point_2d": [x * 64 / width, y * 64 / height]}
-        texts.append([f"<think>t</think><answer>[{json.dumps(first)}, {OTHER}]</answer>"])
-    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda self, completions: texts)
-    flags = ["--prompt", "visionreasoner", "--limit", "2", "--max_new_tokens", "4"]
-    samr1_mini.main(["eval", "--out", str(tmp_path / "eval"), *flags])
-    assert "2 answers list several objects" in capsys.readouterr().out
-    lines = (tmp_path / "eval" / "answers.jsonl").read_text().splitlines()
-    for one, row in zip((scenes[0], scenes[1]), map(json.loads, lines), strict=True):
-        scale = np.array(one.image.size * 2) / 64
-        assert row["box"] == pytest.approx(list(scale * (1, 2, 30, 40)))
-        assert row["format"] and row["objects"] == 2 and row["points_inside"] == 1
+def test_eval_with_visionreasoners_prompt(tmp_path, monkeypatch, capsys):
+    """The first object is the target, the second one another place. Their masks are united."""
+    scenes = [load_data("shapes", "heldout")[i] for i in range(2)]
+    second = {"bbox_2d": [5, 30, 25, 60], "point_2d": [15, 45]}
+    lists = []
+    for scene in scenes:
+        scale = 64 / np.array(scene.image.size)
+        point = (np.argwhere(scene.mask)[0, ::-1] + 0.5) * scale
+        box = np.multiply(rewards.true_box(scene.mask), np.tile(scale, 2))
+        lists.append([{"bbox_2d": list(box), "point_2d": list(point)}, second])
+    answer_with(monkeypatch, [wrap(json.dumps(objects)) for objects in lists])
+    drawn = Mock(wraps=pictures.sheet)
+    monkeypatch.setattr(pictures, "sheet", drawn)
+    rows, results = evaluate(tmp_path / "run", "--limit", "2", *FLAGS)
+    assert [row["box_iou"] for row in rows] == pytest.approx([1, 1])
+    texts = [[wrap(json.dumps([one])) for one in objects] for objects in lists]
+    options = dict(keep_masks=True, style="visionreasoner")
+    alone = score_completions(SamScorer(load_sam("tiny")), scenes, texts, 64, **options)
+    sheet = {one.id: mask for one, _, mask, _ in drawn.call_args.args[0]["best"]}
+    for b, (row, scene) in enumerate(zip(rows, scenes, strict=True)):
+        union = alone.overlap.masks[b].any(0).numpy()
+        assert row["intersection"] == (union & scene.mask).sum() > 0
+        assert row["union"] == (union | scene.mask).sum() > alone.overlap.union[b, 0]
+        assert row["boxonly_union"] > scene.mask.sum() * 1.2  # both boxes
+        assert np.array_equal(sheet[row["id"]], union)
+    assert results["base"]["format"] == results["base"]["points"] == 1
 
 
-def test_segment_reads_the_form_that_it_asked_for(tmp_path, monkeypatch, capsys):
-    body = f"<think>t</think><answer>[{ONE}]</answer>"
-    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda self, completions: [[body]])
+def test_segment_and_train_read_the_form_that_they_asked_for(tmp_path, monkeypatch, capsys):
+    answer = wrap(f"[{ONE}]")
+    monkeypatch.setattr(samr1_mini.Policy, "texts", lambda _, c: [[answer] * 2] * len(c.ids))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    flags = ["--prompt", "visionreasoner", "--max_new_tokens", "2", "--query", "it"]
-    files = ["--image", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png")]
-    samr1_mini.main(["segment", *flags, *files])
-    printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    files = ["--image", f"{tmp_path}/a.png", "--out", f"{tmp_path}/b.png"]
+    samr1_mini.main(["segment", "--query", "it", *FLAGS, *files])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["bbox"] == [1, 2, 30, 40] and printed["points"] == [[5, 6]]
-
-
-@pytest.mark.slow
-def test_train_rewards_the_form_that_it_asked_for(tmp_path, monkeypatch):
-    body = f"<think>t</think><answer>[{ONE}]</answer>"
-
-    def texts(self, completions):
-        return [[body] * completions.ids.shape[1]] * completions.ids.shape[0]
-
-    monkeypatch.setattr(samr1_mini.Policy, "texts", texts)
-    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1 --max_new_tokens 2"
-    out = tmp_path / "run"
-    samr1_mini.main(["train", *quick.split(), "--prompt", "visionreasoner", "--out", str(out)])
-    assert json.loads((out / "metrics.jsonl").read_text())["answer_format"] == 1
-    rollouts = json.loads((out / "rollouts" / "step_00001.json").read_text())
-    samples = rollouts["train"] + rollouts["heldout"]
-    assert samples and all(answer["box"] for one in samples for answer in one["completions"])
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1".split()
+    samr1_mini.main(["train", *quick, *FLAGS, "--out", f"{tmp_path}/run"])
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["answer_format"] == 1

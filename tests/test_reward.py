@@ -98,10 +98,11 @@ def test_an_invalid_part_is_dropped_and_the_others_stay(part, value):
 @pytest.mark.parametrize(
     "body",
     [
-        *("", "null", "7", "[1,2,30,40]", "{", BODY + BODY, f"[{BODY}]", f'{{"answer":{BODY}}}'),
-        *(f"the answer is {BODY}", f"{BODY} that is all", f"dict({BODY})", "{[1]: 2}", "\0"),
+        *("", "null", "7", "[1,2,30,40]", "{", f'{{"answer":{BODY}}}', "{[1]: 2}", "}{", "\0"),
+        *(BODY + BODY, f"{BODY}, {OTHER}", f"[{BODY}, {OTHER}]"),  # two, and one was asked for
         *(BODY.replace("1,2", "01,2"), BODY.replace("1,2", "f(1),2"), BODY.replace("1,2", "1,,2")),
         # Nested deeper than the stack of Python or of its two parsers.
+        *("/*" * 990, "//" * 990, "{" + "/*" * 990 + "}"),
         *('{"a":' * 390, "[" * 995 + "]" * 995, "(" * 1990, "-" * 1990 + "1", "1+" * 990 + "1"),
         BODY + " " * 2000,  # longer than LONGEST_ANSWER
     ],
@@ -111,18 +112,50 @@ def test_an_answer_that_is_no_object_with_these_keys_gives_nothing(body):
     assert parse_answer(wrap(body)) == Answer(True, False, None, (), "the red one")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(f"[{BODY}]", f"the answer is {BODY}", f"{BODY} that is all", f"dict({BODY})"),
+        *(f"json\n{BODY}", f"```json\n[\n{BODY}\n]\n```", f"{BODY}</answer>"),
+        BODY.replace("[", "(").replace("]", ")"),
+        BODY.replace("[", "[[").replace("]", "]]"),
+        BODY.replace(",", "，").replace(":", "：").replace("[", "【").replace('"', "”"),
+        BODY.replace("[1,", '[ // the "box"\n1, /* {2} */'),
+    ],
+)
+def test_what_is_clear_but_not_in_the_asked_form_gives_a_box_and_no_format(body):
+    assert parse_answer(wrap(body)) == Answer(True, False, BOX, POINTS, "the red one")
+
+
+@pytest.mark.exercise_1
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("points_2", (5.0, 6.0)),  # the same point twice
+        ("points_2", (700.0, 800.0)),  # outside the box
+        ("bbox", (0.1, 0.2, 0.3, 0.4)),  # smaller than a pixel
+    ],
+)
+def test_the_answer_format_does_not_judge_the_quality_of_a_box_or_point(part, value):
+    found = parse_answer(wrap(json.dumps(json.loads(BODY) | {part: value})))
+    assert found.answer_format
+    assert value in (found.box, found.points[1])
+
+
 @pytest.mark.exercise_1
 @pytest.mark.parametrize(
     "text, think, answer",
     [
         (f"<answer>{BODY}</answer>", False, True),
         (f"<think>why</think>{BODY}", False, False),
+        (f"<think>why</think>{BODY}</answer>", False, False),  # not opened
+        (f"<think>why</think><answer>{BODY}", False, False),  # not closed
         (f"<think> \n</think><answer>{BODY}</answer>", False, True),  # no reasoning in it
         (f"<think>why<answer>{BODY}</answer>", False, True),  # not closed
         (f"<think>why</think></answer>{BODY}<answer>", False, False),  # wrong order
         (f"<think>a <think> b</think><answer>{BODY}</answer>", False, True),  # repeated
         (f"<think>a <answer> b</answer> c</think><answer>{BODY}</answer>", True, True),
-        (f"<think>a</think><answer>{BODY}</answer></answer>", True, False),
+        ("<think>a</think><answer></answer></answer>", True, False),
         (f"Sure! {wrap(BODY)}", False, True),  # text outside of the blocks
         (f"{wrap(BODY)} Done.", False, True),
         (f"<think>a</think> so <answer>{BODY}</answer>", False, True),
@@ -352,10 +385,7 @@ def test_decoding_together_equals_decoding_one_by_one(sam, has_box, has_points):
 
 @pytest.mark.exercise_3
 def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
-    """Each image is encoded once, and each sort of prompt is decoded in one call, but for limits.
-
-    Smaller limits do not change the masks.
-    """
+    """Without limits, each image is encoded once and each sort of prompt decoded in one call."""
     encode = Mock(wraps=scorer.sam.encode)
     decode = Mock(wraps=scorer.sam.decode)
     monkeypatch.setattr(scorer.sam, "encode", encode)
@@ -375,12 +405,27 @@ def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
         assert (a != b).float().mean() < 1e-4
 
 
-def test_the_single_mask_output_is_never_chosen(scenes, mixed, sam, scorer):
-    other = copy.deepcopy(sam)
-    # Its mask 0 rates itself above the three others.
-    other.mask_decoder.iou_prediction_head.layers[-1].bias[0] += 100
-    found = SamScorer(other).score(scenes, mixed).iou
-    assert torch.equal(found, scorer.score(scenes, mixed).iou)
+def test_the_masks_of_several_objects_are_united_in_the_same_calls(
+    scenes, mixed, scorer, monkeypatch
+):
+    decode = Mock(wraps=scorer.sam.decode)
+    monkeypatch.setattr(scorer.sam, "decode", decode)
+    alone = scorer.score(scenes, mixed, keep_masks=True)
+    calls = decode.call_count
+    lists = []  # of three objects, one, two; an object may be an empty prompt
+    for p in mixed:
+        lists.append([p[0]._replace(others=(p[1], p[2])), p[3], p[4]._replace(others=(p[5],))])
+    overlap = scorer.score(scenes, lists, keep_masks=True)
+    assert decode.call_count == 2 * calls
+    for b, scene in enumerate(scenes):
+        masks = alone.masks[b]
+        expected = torch.stack([masks[0] | masks[1] | masks[2], masks[3], masks[4] | masks[5]])
+        assert torch.equal(overlap.masks[b], expected)
+        ignore = None if scene.ignore is None else torch.from_numpy(scene.ignore)
+        counts = reward.intersection_and_union(expected, torch.from_numpy(scene.mask), ignore)
+        assert torch.equal(overlap.intersection[b], counts[0])
+        assert torch.equal(overlap.union[b], counts[1])
+    assert overlap.prompted[:, ::2].all()
 
 
 def test_sam_in_host_memory_gives_the_same_masks_and_stays_frozen(scenes, mixed, sam, scorer):
@@ -662,15 +707,20 @@ def test_hostile_completions_are_scored_in_range(small, texts):
     for answer in (answer for group in scores.answers for answer in group):
         x1, y1, x2, y2 = answer.box or (0, 0, 1, 1)
         assert x1 < x2 and y1 < y2
-        assert answer.answer_format == (answer.box is not None and len(answer.points) == 2)
+        assert not answer.answer_format or (answer.box and len(answer.points) == 2)
 
 
-@pytest.mark.parametrize("piece", ["<think>", "</answer>", "<", "\u2003", "<answer></answer>"])
-def test_megabytes_of_text_take_linear_time(piece):
+@pytest.mark.parametrize("style", ["full", "segzero", "visionreasoner"])
+@pytest.mark.parametrize(
+    "piece", ["<think>", "</answer>", "<", "\u2003", "<answer></answer>", "{", "{}", "}", "/*"]
+)
+def test_megabytes_of_text_take_linear_time(piece, style):
     n = 300_000
     start = time.process_time()  # milliseconds, and minutes in quadratic time
-    assert not parse_answer(piece * n).answer_format
-    assert not parse_answer(wrap(piece * n + BODY)).answer_format
+    assert not parse_answer(piece * n, style).answer_format
+    valid = parse_answer(wrap(piece * n + BODY), style).answer_format
+    assert valid == (style == "segzero" and piece != "{")  # Seg-Zero's first {...}, anywhere
+    assert not parse_answer(wrap(piece * 10_000), style).answer_format  # a list may be this long
     assert parse_answer(wrap(BODY, "x" * n))[:3] == (True, True, BOX)
     assert time.process_time() - start < 2
 

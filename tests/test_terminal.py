@@ -1,4 +1,4 @@
-"""What a user sees on the terminal: lines and bars of the program, no library's warnings."""
+"""What a user installs and sees: bounded versions, and no library's warnings on the terminal."""
 
 import logging
 import re
@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 
 TRAIN = "train --steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 4 --out {tmp}/run"
@@ -38,6 +39,7 @@ def strangers(text: str, own: list[str]) -> list[str]:
     return [line for line in lines if line.strip() and not any(re.fullmatch(p, line) for p in own)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [TRAIN, EVAL, SEGMENT], ids=["train", "eval", "segment"])
 def test_a_command_prints_only_its_own_lines(command, tmp_path):
     typed = command.format(tmp=tmp_path, root=ROOT).split()
@@ -48,6 +50,7 @@ def test_a_command_prints_only_its_own_lines(command, tmp_path):
     assert strangers(done.stderr, [BARS]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "level"), [([], logging.ERROR), (["--dtype", "4bit"], logging.NOTSET)]
 )
@@ -57,3 +60,21 @@ def test_bitsandbytes_is_quiet_until_4_bit_is_asked_for(flags, level):
     program = [sys.executable, "-c", asked, *flags]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == f"{level}\n", done.stderr
+
+
+def requirements(file: str) -> dict[str, Requirement]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    found = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(one.name): one for one in found}
+
+
+@pytest.mark.parametrize(
+    "file", ["requirements.txt", "tests/requirements.txt", "benchmarks/requirements.txt"]
+)
+def test_every_package_has_two_bounds_and_a_tried_version_between_them(file):
+    tried = requirements("constraints.txt")
+    for name, one in requirements(file).items():
+        operators = {bound.operator for bound in one.specifier}
+        assert operators in ({">=", "<"}, {"=="}), one
+        (version,) = tried[name].specifier
+        assert version.operator == "==" and version.version in one.specifier, one

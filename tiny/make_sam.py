@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import Sample, Shapes
-from plumbing.sam import SAM_SIZES, build_sam, decode_masks, load_sam, sam_input
+from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.scenes import Thing, interior_points
-from reward import SamPrompt, SamScorer
+from reward import SamPrompt, SamScorer, decode_masks, sam_input
 
 # SAM's lessons
 SAM_STEPS, SAM_BATCH, SAM_PROMPTS = 2000, 8, 6  # scenes a step, prompts a scene

@@ -302,7 +302,7 @@ def report_vlm(out: Path) -> None:
         batch = [Shapes("train")[i] for i in range(64)]
         generator = torch.Generator().manual_seed(0)
         completions = samr1_mini.sample_completions(policy, policy.read(batch), s, generator)
-        sampled = score_completions(scorer, batch, policy.texts(completions), policy.frame)
+        sampled = score_completions(scorer, batch, policy.texts(completions), policy.extent)
         print(
             f"{stage}: greedy gIoU {greedy['giou']:.3f}, with its box alone "
             f"{greedy['boxonly']:.3f}; box@0.5 {greedy['box']:.2f}, points inside "
