@@ -156,7 +156,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if state.is_world_process_zero and "reward" in logs:
             row = {ours: logs[name] for name, ours in METRICS.items() if name in logs}
-            runs.append_line(self.file, {"step": state.global_step // self.updates} | row)
+            runs.append_lines(self.file, [{"step": state.global_step // self.updates} | row])
 
 
 def trl_arguments(s: Settings, policy: Policy, processes: int) -> dict:

@@ -7,6 +7,8 @@ in the folder can be read.
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -52,7 +54,7 @@ def writing(path: Path):
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Write a file completely or not at all: under a temporary name, which is then renamed."""
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # no one's file has this name
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -72,9 +74,16 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary)
 
 
-def append_line(file: Path, row: dict) -> None:
+def append_lines(file: Path, rows: list[dict]) -> None:
     with writing(file), open(file, "a") as log:
-        log.write(json.dumps(row) + "\n")
+        log.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def share_weights(folder: Path) -> None:
+    """safetensors writes files that only their owner may read: they get the mode of config.json."""
+    config = next(folder.glob("*config.json"))
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(config, file)
 
 
 def open_run(s, name: str) -> Path:
@@ -108,17 +117,24 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     """Write config.json, and crop metrics.jsonl to the first `steps` lines, which are returned.
 
     Steps after the checkpoint that a run continues from are repeated. Without the file, the log
-    begins with the next step.
+    begins with the next step. Raises UserError if the run has gone further than `settings` ask.
     """
+    if steps > settings.steps:
+        raise UserError(f"--steps {settings.steps}: {out} has done {steps} steps: name more")
     rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
     return rows
 
 
-def start_answers(out: Path, settings) -> list[dict]:
-    """Write config.json, and return the answers that an interrupted evaluation has written."""
+def start_answers(out: Path, settings, count: int) -> list[dict]:
+    """Write config.json, and return the answers that an interrupted evaluation has written.
+
+    Raises UserError if they are more than the `count` that `settings` ask for.
+    """
     keys = {"boxonly_iou", "skipped"}
     rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
+    if len(rows) > count:
+        raise UserError(f"--limit: {out} has {len(rows)} answers already, not {count}: name more")
     start_log(out, settings, "answers.jsonl", rows)
     return rows
 
@@ -176,6 +192,7 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
         model.save_pretrained(folder, save_embedding_layers=False)  # several files
         (Path(folder) / "README.md").write_text(model_card(s, step, results))
         (out / "adapter").mkdir(exist_ok=True)
+        share_weights(Path(folder))
         for file in sorted(Path(folder).iterdir()):
             os.replace(file, out / "adapter" / file.name)
     write_text(out / "eval.json", json.dumps(results, indent=2))
@@ -280,7 +297,7 @@ def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
 class StopSignal:
     """Notes Ctrl-C and SIGTERM, so that the current step can be finished and saved.
 
-    The second signal ends the run at once.
+    The second signal ends the run at once. So does the first one after `end`.
     """
 
     def __init__(self):
@@ -294,12 +311,20 @@ class StopSignal:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
+    def end(self) -> None:
+        """No step is left to be finished: Ctrl-C and SIGTERM act at once, as they did before."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def exit(self, out: Path, step: int) -> None:
-        print(
-            f"stopped after step {step}, everything is saved; continue with: "
-            f"python samr1_mini.py train --resume --out {out}"
-        )
+        command = resume_command("train", out)
+        print(f"stopped after step {step}, everything is saved; continue with: {command}")
         raise SystemExit(128 + self.number)
+
+
+def resume_command(command: str, out: Path) -> str:
+    """What a user types to continue the run in a folder."""
+    return f"python samr1_mini.py {command} --resume --out {shlex.quote(str(out))}"
 
 
 class PhaseTimer:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from plumbing.errors import UserError, exit_with_one_line, reason_of
+from plumbing.runs import share_weights
 from plumbing.vlm import load_adapter, vlm_path
 
 
@@ -38,6 +39,7 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-", dir=out.parent) as folder:
             merged.save_pretrained(Path(folder) / "model")
             processor.save_pretrained(Path(folder) / "model")
+            share_weights(Path(folder) / "model")
             os.replace(Path(folder) / "model", out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out} cannot be written ({reason_of(error)})") from error
