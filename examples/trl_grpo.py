@@ -27,6 +27,7 @@ DeepSpeed, vLLM, several machines.
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -37,7 +38,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import samr1_mini
 from data import Sample, messages
@@ -217,15 +217,26 @@ def open_run(s: Settings, process: PartialState) -> tuple[Path, str | None, int]
     if process.is_main_process:
         out = [runs.open_run(s, f"runs/trl-{samr1_mini.run_name(s)}-{s.seed}")]
     (out,) = broadcast_object_list(out)
-    folder = out / "checkpoint"
-    checkpoint = get_last_checkpoint(folder) if s.resume and folder.is_dir() else None
-    if s.resume and checkpoint is None:
+    # TRL writes this file last. Without it, a kill or a full disk has cut the checkpoint short.
+    complete = (out / "checkpoint").glob("checkpoint-*/trainer_state.json") if s.resume else ()
+    by_updates = {int(file.parent.name.rpartition("-")[2]): str(file.parent) for file in complete}
+    if s.resume and not by_updates:
         raise UserError(f"--resume: {out} has no checkpoint yet: start another run")
-    updates = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    updates = max(by_updates, default=0)
+    checkpoint = by_updates.get(updates)
     steps = updates // (s.epochs * s.minibatches)
     if process.is_main_process:
         runs.start_metrics(out, s, steps)
     return out, checkpoint, steps
+
+
+def copy_adapter(checkpoint: Path, folder: Path) -> None:
+    """Write the adapter of a finished run, in case it was interrupted after its last checkpoint."""
+    with runs.writing(folder):
+        folder.mkdir(exist_ok=True)
+        for file in checkpoint.glob("adapter_*"):
+            shutil.copy(file, folder)
+        runs.share_weights(folder)
 
 
 def train(s: Settings) -> Path:
@@ -243,6 +254,8 @@ def train(s: Settings) -> Path:
     arguments = trl_arguments(s, policy, process.num_processes)
     out, checkpoint, done = open_run(s, process)
     if checkpoint and done >= s.steps:  # TRL would train on
+        if process.is_main_process:
+            copy_adapter(Path(checkpoint), out / "adapter")
         return out
     samples = Samples(dataset, policy, keep=2 * s.prompts_per_step)  # accelerate reads ahead
     trainer = GRPOTrainer(
@@ -260,9 +273,12 @@ def train(s: Settings) -> Path:
         callbacks=[MetricsFile(out / "metrics.jsonl", s.epochs * s.minibatches)],
     )
     trainer.data_collator = samples.rows  # TRL's own returns the rows of the data set as they are
-    if s.steps:  # for zero steps TRL would train for epochs
-        trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(out / "adapter"))
+    with runs.writing(out):
+        if s.steps:  # for zero steps TRL would train for epochs
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(out / "adapter"))
+        if process.is_main_process:
+            runs.share_weights(out / "adapter")
     return out
 
 

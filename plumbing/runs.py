@@ -7,6 +7,7 @@ in the folder can be read.
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
@@ -31,6 +33,7 @@ except ImportError:  # Windows has no such module
     resource = None
 
 LOCK = ".lock"  # a file in the folder of a run, locked by the process that writes to it
+TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")  # in its errors on a full disk
 _locks = []  # those that this process holds until it ends
 
 
@@ -44,7 +47,11 @@ def writing(path: Path):
     """Turn an error of the disk into a UserError that says how to continue."""
     try:
         yield
-    except OSError as error:
+    except BrokenPipeError:  # of the terminal
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
+            raise
         reason = f"cannot be written ({reason_of(error)})"
         raise UserError(
             f"{path} {reason}: make room; a checkpoint goes on with --resume"
@@ -120,7 +127,9 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     begins with the next step. Raises UserError if the run has gone further than `settings` ask.
     """
     if steps > settings.steps:
-        raise UserError(f"--steps {settings.steps}: {out} has done {steps} steps: name more")
+        raise UserError(
+            f"--steps {settings.steps}: {out} has done {steps} steps already: name at least as many"
+        )
     rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
     return rows
@@ -134,7 +143,9 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
     keys = {"boxonly_iou", "skipped"}
     rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
     if len(rows) > count:
-        raise UserError(f"--limit: {out} has {len(rows)} answers already, not {count}: name more")
+        raise UserError(
+            f"--limit: {out} has {len(rows)} answers already, more than {count}: name at least as many"
+        )
     start_log(out, settings, "answers.jsonl", rows)
     return rows
 
@@ -184,10 +195,7 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
         "results": results,
     }
     with whole_file(out / "checkpoint" / "state.pt") as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # torch's way to say that the disk is full
-            raise OSError(str(error)) from error
+        torch.save(state, temporary)
     with writing(out), tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)  # several files
         (Path(folder) / "README.md").write_text(model_card(s, step, results))

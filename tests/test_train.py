@@ -232,11 +232,11 @@ def test_a_run_that_trains_on_has_no_result_until_it_ends(copied_run, monkeypatc
 def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(copied_run, monkeypatch):
     def fail(state, file):
         Path(file).write_bytes(b"half a file")
-        raise RuntimeError("No space")  # torch's way to say it
+        raise RuntimeError("PytorchStreamWriter failed")  # torch's way to say it
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        with pytest.raises(UserError, match=f"{copied_run}.*No space.*--resume"):
+        with pytest.raises(UserError, match=f"{copied_run}.*Writer failed.*--resume"):
             run("train --resume --steps 5 --out", copied_run)
     assert state(copied_run)["step"] == 4 and not list(copied_run.rglob("*.tmp*"))
     run("train --resume --steps 5 --out", copied_run)  # now there is room
