@@ -447,7 +447,7 @@ def segment(s) -> None:
     out = Path(s.out).expanduser()
     if out.is_dir() or out.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"--out {out}: name a picture, such as found.png (or .jpg, .pdf, .svg)")
-    if out.exists() and out.samefile(s.image):
+    if out.exists() and out.samefile(Path(s.image).expanduser()):
         raise UserError(f"--out {out}: this is the --image itself: name another picture to write")
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)

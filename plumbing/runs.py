@@ -127,9 +127,7 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     begins with the next step. Raises UserError if the run has gone further than `settings` ask.
     """
     if steps > settings.steps:
-        raise UserError(
-            f"--steps {settings.steps}: {out} has done {steps} steps already: name at least as many"
-        )
+        raise UserError(f"--steps {settings.steps}: {out} has done {steps} already: name as many")
     rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
     return rows
@@ -143,9 +141,7 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
     keys = {"boxonly_iou", "skipped"}
     rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
     if len(rows) > count:
-        raise UserError(
-            f"--limit: {out} has {len(rows)} answers already, more than {count}: name at least as many"
-        )
+        raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
     start_log(out, settings, "answers.jsonl", rows)
     return rows
 
