@@ -36,6 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
 from plumbing.devices import to_device
+from plumbing.errors import UserError
 from plumbing.vlm import Prompts, base
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +272,10 @@ def rollout(
     logits = prefilled.logits[:, -1].repeat_interleave(G, 0)  # (B * G, V)
     tokens, mask = [], []
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)  # (B * G,)
+    finite = torch.ones_like(finished)  # (B * G,)
     for t in range(max_new_tokens):
+        finite = finite & (finished | logits.isfinite().all(-1))
+        logits = logits.nan_to_num()  # torch cannot sample from NaN: it would end the program
         token = choose_token(mask_banned(logits.float(), banned), temperature, generator)
         tokens.append(torch.where(finished, end[0], token))  # finished rows go on, but do not count
         mask.append(~finished)
@@ -281,6 +285,11 @@ def rollout(
         if t + 1 == max_new_tokens or (look and finished.all()):
             break
         logits = decode.step(tokens[-1])
+    if not finite.all():
+        raise UserError(
+            f"the policy's logits are NaN or infinite in {logits.dtype}: use another --dtype than "
+            "float16, or a lower --lr; the last checkpoint stays"
+        )
     return Completions(
         ids=torch.stack(tokens, -1).view(len(prompts), G, -1).cpu(),
         mask=torch.stack(mask, -1).view(len(prompts), G, -1).cpu(),

@@ -23,6 +23,7 @@ import plumbing.interrupts  # noqa: F401  first: Ctrl-C during the slow imports 
 
 # isort: split
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -144,7 +145,9 @@ def train(s: Settings) -> None:
     first = 0
     results = {}
     if s.resume:
-        first, results = runs.load_checkpoint(out, policy.model, optimizer, generator)
+        first, results = runs.load_checkpoint(
+            out, policy.model, optimizer, generator, policy.scaler
+        )
     metrics = runs.start_metrics(out, s, first)
     if not results:  # a resumed run has its first evaluation already
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
@@ -200,7 +203,9 @@ def train(s: Settings) -> None:
             )
             log_samples(out, step + 1, policy, scorer, heldout, s, logged, metrics)
         if log_this_step or stop.number:
-            runs.save_checkpoint(out, step + 1, s, policy.model, optimizer, generator, results)
+            runs.save_checkpoint(
+                out, step + 1, s, policy.model, optimizer, generator, results, policy.scaler
+            )
         if stop.number:
             bar.close()
             stop.exit(out, step + 1)
@@ -209,7 +214,9 @@ def train(s: Settings) -> None:
     with continued_by(runs.resume_command("train", out)):
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
-    runs.save_checkpoint(out, s.steps, s, policy.model, optimizer, generator, results)
+    runs.save_checkpoint(
+        out, s.steps, s, policy.model, optimizer, generator, results, policy.scaler
+    )
     runs.print_table(results, metrics, out)
 
 
@@ -296,7 +303,15 @@ def update(
     means = {name: torch.stack([row[name] for row in log]).sum() / len(norms) for name in log[0]}
     means["grad_norm"] = torch.stack(norms).mean()
     values = torch.stack(list(means.values())).tolist()  # one wait for the GPU, not one for each
-    return clip_sides.cpu(), dict(zip(means, values, strict=True))
+    statistics = dict(zip(means, values, strict=True))
+    skips = policy.scaler.is_enabled()  # it skips an update of which the gradient overflowed
+    for name, value in statistics.items():
+        if not math.isfinite(value) and not (name == "grad_norm" and skips):
+            raise UserError(
+                f"--lr {s.lr:g}: the training diverged ({name} is {value}): lower --lr, or use "
+                "another --dtype than float16; the last checkpoint stays"
+            )
+    return clip_sides.cpu(), statistics
 
 
 def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metrics) -> None:

@@ -69,15 +69,12 @@ def random_model(config, dtype: torch.dtype, device: torch.device, quantization_
 
 @contextlib.contextmanager
 def random_policy(vlm: str, device: torch.device):
-    """Replace the two from_pretrained calls of `plumbing.vlm.load_vlm` by random weights."""
+    """Replace what `plumbing.vlm.load_vlm` opens by random weights."""
     config = published_config(vlm)
     processor = tiny_processor(config)
 
-    def build(_, dtype, attn_implementation, quantization_config=None, device_map=None):
-        return random_model(config, dtype, device, quantization_config)
+    def build(vlm, dtype, device, options):
+        return processor, random_model(config, dtype, device, options.get("quantization_config"))
 
-    with (
-        mock.patch.object(AutoProcessor, "from_pretrained", lambda _: processor),
-        mock.patch.object(AutoModelForImageTextToText, "from_pretrained", build),
-    ):
+    with mock.patch("plumbing.vlm.open_model", build):
         yield

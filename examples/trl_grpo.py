@@ -36,12 +36,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import TrainerCallback
 
 import samr1_mini
 from data import Sample, messages
-from plumbing import pictures, runs
+from plumbing import pictures, runs, weights
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.settings import Settings, parse
 from plumbing.sources import load_data
@@ -239,6 +239,17 @@ def copy_adapter(checkpoint: Path, folder: Path) -> None:
         runs.share_weights(folder)
 
 
+def check_checkpoint(folder: Path, model: torch.nn.Module) -> None:
+    """Raise UserError if the adapter in one of TRL's checkpoints is not one of this model."""
+    file = weights.adapter_file(folder, "--resume")
+    weights.compare(
+        expected=weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False)),
+        given=weights.shapes(weights.read_tensors(file, "--resume")),
+        what=f"--resume: {file}",
+        mend="use the --vlm and the versions of peft and transformers that wrote it",
+    )
+
+
 def train(s: Settings) -> Path:
     """Train with TRL. Returns the folder of the run."""
     try:
@@ -273,6 +284,8 @@ def train(s: Settings) -> Path:
         callbacks=[MetricsFile(out / "metrics.jsonl", s.epochs * s.minibatches)],
     )
     trainer.data_collator = samples.rows  # TRL's own returns the rows of the data set as they are
+    if checkpoint:  # TRL would go on from an untrained adapter if the keys had other names
+        check_checkpoint(Path(checkpoint), trainer.model)
     with runs.writing(out):
         if s.steps:  # for zero steps TRL would train for epochs
             trainer.train(resume_from_checkpoint=checkpoint)

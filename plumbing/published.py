@@ -22,7 +22,7 @@ def published_config(vlm: str) -> PretrainedConfig:
     """
     if vlm not in PUBLISHED:
         try:
-            return AutoConfig.from_pretrained(vlm)
+            return AutoConfig.from_pretrained(vlm, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"--vlm {vlm}: it has no config ({reason_of(error)})") from error
     text = dict(zip(SIZES, PUBLISHED[vlm], strict=True))

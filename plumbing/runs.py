@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
+from plumbing import weights
 from plumbing.errors import UserError, reason_of
 
 try:
@@ -176,17 +177,22 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, results: dict) -> None:
+def save_checkpoint(
+    out: Path, step: int, s, model, optimizer, generator, results: dict, scaler=None
+) -> None:
     """Save all that an exact resume needs, and the adapter in peft's format with a model card.
 
     The order of the data and the learning rate follow from the step. results: for eval.json.
+    scaler: a GradScaler. It has a state in float16 only.
     """
     # False: peft would ask the hub whether the base model's vocabulary has another size.
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights.check_finite(adapter.items(), f"step {step}", "the last checkpoint stays: lower --lr")
     state = {
         "step": step,
-        "adapter": weights,
+        "adapter": adapter,
         "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler else {},
         "generator": generator.get_state(),
         "results": results,
     }
@@ -202,17 +208,27 @@ def save_checkpoint(out: Path, step: int, s, model, optimizer, generator, result
     write_text(out / "eval.json", json.dumps(results, indent=2))
 
 
-def load_checkpoint(out: Path, model, optimizer, generator) -> tuple[int, dict]:
+def load_checkpoint(out: Path, model, optimizer, generator, scaler=None) -> tuple[int, dict]:
     """Restore a checkpoint. Returns its step, and its results of "before" and "ceiling"."""
     file = out / "checkpoint" / "state.pt"
     if not file.is_file():
         raise UserError(f"--resume: {out} has no checkpoint yet: start another run")
+    # Read to the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
+    state = weights.read_tensors(file, "--resume")
     try:
-        # Load to the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        weights.compare(
+            expected=weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False)),
+            given=weights.shapes(state["adapter"]),
+            what=f"--resume: the adapter in {file}",
+            mend="use the --vlm and the versions of peft and transformers that wrote it",
+        )
         set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
+        if scaler and state.get("scaler"):  # older checkpoints have none
+            scaler.load_state_dict(state["scaler"])
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         reason = f"does not fit this model and these settings ({reason_of(error)})"
         raise UserError(f"--resume: {file} {reason}: start another run") from error

@@ -6,7 +6,6 @@ What the reward does with it is in reward.py. SAM 2 is in plumbing/sam2.py.
 from functools import lru_cache, partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import (
@@ -19,7 +18,8 @@ from segment_anything.modeling import (
 from segment_anything.modeling.image_encoder import Attention
 
 from plumbing.devices import to_device
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError
+from plumbing.weights import check_finite, compare, read_tensors, shapes
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "sam.safetensors"
 
@@ -43,6 +43,8 @@ SAM_SIZES = {
         decoder_heads=4,
     ),
 }
+# Where training programs put the weights in a checkpoint.
+WRAPPERS = ("state_dict", "model_state_dict", "model")
 KNOWN_SAMS = "tiny, vit_b:FILE, vit_l:FILE, vit_h:FILE or sam2:MODEL"
 
 
@@ -117,25 +119,37 @@ def load_sam(spec: str) -> Sam:
     file = Path(path).expanduser() if path else TINY
     if not file.is_file():
         raise UserError(f"--sam {spec}: there is no file {file}")
-    try:
-        if file.suffix == ".safetensors":
-            weights = safetensors.torch.load_file(file)
-        else:  # weights_only: a downloaded pickle could run any code; this reads only tensors
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything; this block only reads
-        reason = "it is truncated or not a checkpoint; fetch it again"
-        raise UserError(
-            f"--sam {spec}: {file} cannot be read as weights: {reason} ({reason_of(error)})"
-        ) from error
+    given = sam_weights(read_tensors(file, f"--sam {spec}"))
     sam = build_sam(**SAM_SIZES[size])
-    try:
-        sam.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--sam {spec}: {file} holds weights of another model than SAM {size}: "
-            "name the size it belongs to"
-        ) from error
+    compare(
+        expected=shapes(sam.state_dict()),
+        given=shapes(given),
+        what=f"--sam {spec}: {file} is not a SAM {size}",
+        mend=f"name the size it belongs to: {KNOWN_SAMS}",
+    )
+    check_finite(given.items(), f"--sam {spec}: {file}", "it is damaged: fetch it again")
+    sam.load_state_dict(given)
     return sam
+
+
+def sam_weights(held: dict) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of SAM 1, under the names of `segment_anything`.
+
+    Training programs put them beside other things, and wrappers put a prefix before each name.
+
+    >>> list(sam_weights({"epoch": 3, "model": {"module.neck": torch.ones(1)}}))
+    ['neck']
+    """
+    while inside := [held[name] for name in WRAPPERS if isinstance(held.get(name), dict)]:
+        held = inside[0]
+    for prefix in ("_orig_mod.", "module.", "model."):
+        if all(str(key).startswith(prefix) for key in held):
+            held = {key.removeprefix(prefix): tensor for key, tensor in held.items()}
+    return {
+        key: tensor
+        for key, tensor in held.items()
+        if isinstance(tensor, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
+    }
 
 
 @lru_cache

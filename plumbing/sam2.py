@@ -4,14 +4,12 @@ The paper's segmenter is SAM2-Large: `--sam sam2:facebook/sam2-hiera-large`. Res
 and the masks at full size are those of the model's own image processor.
 """
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 from transformers import AutoConfig, Sam2Config, Sam2ImageProcessor, Sam2Model
-from transformers.utils import logging
 
-from plumbing.errors import UserError, reason_of
+from plumbing import weights
+from plumbing.errors import UserError
 
 EXAMPLE = "facebook/sam2-hiera-large"
 # Folders on the hub hold the model for videos. That for images is a part of it.
@@ -74,20 +72,33 @@ class Sam2(Sam2Model):
         return resize([logits[None]], [size], binarize=False)[0][0]
 
 
-def sam2_config(name: str) -> Sam2Config:
-    """The config of a SAM 2, without its weights. Raises UserError. See `load_sam2`."""
+def open_config(name: str) -> tuple[Sam2Config, str, dict]:
+    """The config of a SAM 2; the folder or hub name to load it from, and options for that.
+
+    Raises UserError. See `load_sam2`.
+    """
     if not name:
         raise UserError(f"--sam sam2: it needs a model: write sam2:{EXAMPLE} or sam2:FOLDER")
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise UserError(f"--sam sam2:{name}: there is no such folder")
+    if name.endswith((".pt", ".pth")):
+        raise UserError(
+            f"--sam sam2:{name}: the original checkpoint is not read: write sam2:{EXAMPLE}, or "
+            "sam2:FOLDER with transformers' files of it"
+        )
+    path, options = weights.find_model(name, f"--sam sam2:{name}")
     try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(unreadable(name, error)) from error
-    if config.model_type not in MODEL_TYPES:
+        config = AutoConfig.from_pretrained(path, **options)
         kind = config.model_type
-        raise UserError(f"--sam sam2:{name}: it holds a {kind}, not a SAM 2: use sam2:{EXAMPLE}")
-    return Sam2Config(**{part: getattr(config, part) for part in PARTS})
+        if kind in MODEL_TYPES:
+            parts = {part: getattr(config, part) for part in PARTS}
+            return Sam2Config(**parts), path, options
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(unreadable(name, path, error)) from error
+    raise UserError(f"--sam sam2:{name}: it holds a {kind}, not a SAM 2: use sam2:{EXAMPLE}")
+
+
+def sam2_config(name: str) -> Sam2Config:
+    """The config of a SAM 2, without its weights. Raises UserError. See `load_sam2`."""
+    return open_config(name)[0]
 
 
 def load_sam2(name: str) -> Sam2:
@@ -96,38 +107,40 @@ def load_sam2(name: str) -> Sam2:
     name: hub name or local folder of transformers' `Sam2Model` or `Sam2VideoModel`.
     Raises UserError.
     """
-    config = sam2_config(name)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it warns of is checked below
+    config, path, options = open_config(name)
     try:
-        sam, info = Sam2.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        sam.image_processor = Sam2ImageProcessor.from_pretrained(name)
+        with weights.without_warnings():
+            sam, info = Sam2.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # `check_keys` names them
+                output_loading_info=True,
+                **options,
+            )
+        sam.image_processor = Sam2ImageProcessor.from_pretrained(path, **options)
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(unreadable(name, error)) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    # transformers leaves these random.
-    if wrong := sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]:
-        raise UserError(
-            f"--sam sam2:{name}: it lacks {len(wrong)} weights of this model, or has them in "
-            f"another size ({wrong[0]}): fetch all of its files again"
-        )
+        raise UserError(unreadable(name, path, error)) from error
+    flag = f"--sam sam2:{name}"
+    weights.check_keys(
+        missing=info["missing_keys"],
+        unknown=(),  # a model for videos has more
+        sizes={key: (given, expected) for key, given, expected in info["mismatched_keys"]},
+        what=flag,
+        mend="fetch all of its files again",
+    )
+    weights.check_finite(sam.state_dict().items(), flag, "its file is damaged: fetch it again")
     side = sam.config.prompt_encoder_config.image_size
     size = sam.image_processor.size
     if {size.height, size.width} != {side}:
         raise UserError(
-            f"--sam sam2:{name}: it takes images of {side} x {side} pixels, but its "
+            f"{flag}: it takes images of {side} x {side} pixels, but its "
             f"preprocessor_config.json says {size.width} x {size.height}: fetch it again"
         )
     return sam.eval().requires_grad_(False)
 
 
-def unreadable(name: str, error: Exception) -> str:
+def unreadable(name: str, path: str, error: Exception) -> str:
     mend = f"use a hub name such as {EXAMPLE}, or fetch all files of the folder again"
-    return f"--sam sam2:{name}: it cannot be read as a SAM 2: {mend} ({reason_of(error)})"
+    reason = weights.unreadable(path, error)
+    return f"--sam sam2:{name}: {reason}: {mend}"

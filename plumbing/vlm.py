@@ -1,15 +1,23 @@
 """vlm.py - running a Qwen-VL model: loading, chat template, image features, positions."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from peft import PeftModel, get_peft_model_state_dict
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
 from data import Sample, messages
+from plumbing import weights
 from plumbing.devices import choose_device, choose_dtype
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError
+
+# Model types of Qwen2.5-VL and Qwen3-VL. Others may load, but answer in other coordinates
+# (Qwen2-VL) or in layers that ignore the attention mask of packed rows (Qwen3.5).
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+KNOWN = "use a Qwen2.5-VL or a Qwen3-VL, such as Qwen/Qwen2.5-VL-3B-Instruct"
 
 
 @dataclass
@@ -120,6 +128,92 @@ def template_end(processor) -> str:
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
+def check_family(config: PretrainedConfig, vlm: str) -> None:
+    """Raise UserError for a model that would be asked or trained in the wrong way."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f"--vlm {vlm}: it is a {config.model_type}: {KNOWN}")
+    layers = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
+    if layers:
+        found = ", ".join(sorted(layers))
+        raise UserError(f"--vlm {vlm}: it has layers with {found}, not full attention: {KNOWN}")
+
+
+def check_processor(processor, config: PretrainedConfig, vlm: str) -> None:
+    """Raise UserError if the processor's files belong to another model."""
+    image, tokens, vision = processor.image_processor, processor.tokenizer, config.vision_config
+    of_files = image.patch_size, image.merge_size, processor.image_token_id
+    of_model = vision.patch_size, vision.spatial_merge_size, config.image_token_id
+    if of_files != of_model or len(tokens) > config.text_config.vocab_size:
+        raise UserError(
+            f"--vlm {vlm}: its processor or tokenizer is of another model (patch, merge, image "
+            f"token {of_files} in place of {of_model}, {len(tokens)} tokens): fetch all files again"
+        )
+
+
+def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, options: dict):
+    """The processor and the model that --vlm names, with all of its weights and no others.
+
+    options: of `from_pretrained`. Raises UserError.
+    """
+    path, found = weights.find_model(vlm_path(vlm), f"--vlm {vlm}")
+    flag = f"--vlm {vlm}"
+    try:
+        config = AutoConfig.from_pretrained(path, **found)
+        check_family(config, vlm)
+        if quantised := getattr(config, "quantization_config", None):
+            flag += (
+                f": config.json says that its weights are quantised ({quantised['quant_method']})"
+            )
+        if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
+            raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
+        processor = AutoProcessor.from_pretrained(path, **found)
+        check_processor(processor, config, vlm)
+        with weights.without_warnings():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation="sdpa",  # `grpo.group_logprobs` relies on its boolean masks
+                ignore_mismatched_sizes=True,  # `check_keys` names them
+                output_loading_info=True,
+                **found,
+                **options,
+            )
+        model = model.to(device)
+        template_end(processor)  # raises an error without a chat template
+    except UserError:
+        raise
+    except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
+        raise UserError(f"{flag}: {weights.unreadable(path, error)}") from error
+    weights.check_keys(
+        missing=info["missing_keys"],
+        unknown=info["unexpected_keys"],
+        sizes={key: (given, expected) for key, given, expected in info["mismatched_keys"]},
+        what=flag,
+        mend="fetch all files of its folder again",
+    )
+    mend = "its file is damaged: fetch it again"
+    if model.dtype == torch.float16:
+        mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"
+    weights.check_finite(model.named_parameters(), f"{flag} in {model.dtype}", mend)
+    return processor, model
+
+
+def check_side(processor, patch: int, side: int, vlm: str) -> None:
+    """Raise UserError if the processor makes another size of an image of `side` pixels.
+
+    It keeps to limits of its own, and to multiples of the patch. A model that answers in pixels
+    counts those that it sees, so each of its boxes would be scaled wrongly.
+    """
+    image = Image.new("RGB", (side, side))
+    grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0]
+    height, width = (n * patch for n in grid.tolist()[1:])
+    if (width, height) != (side, side):
+        raise UserError(
+            f"--side {side}: the processor of --vlm {vlm} makes {width} x {height} pixels of it: "
+            f"use --side {width}"
+        )
+
+
 def load_vlm(
     name: str,
     device: str,
@@ -140,20 +234,8 @@ def load_vlm(
         from plumbing.four_bit import four_bit, keep_gradients
 
         options = four_bit(name == "tiny", dtype, device)
-    path = vlm_path(name)
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise UserError(f"--vlm {name}: there is no such folder")
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-        opening = template_end(processor)
-        # sdpa: `grpo.group_logprobs` relies on its boolean masks.
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", **options
-        ).to(device)
-        config = model.config
-        patch = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
-        raise UserError(f"--vlm {name}: it cannot be loaded ({reason_of(error)})") from error
+    processor, model = open_model(name, dtype, device, options)
+    config = model.config
     if in_4bit:
         keep_gradients(model)
     if model.num_parameters() < 10_000_000:
@@ -161,10 +243,8 @@ def load_vlm(
     if name == "tiny":
         model.name_or_path = "tiny/vlm"  # for adapter_config.json: not a path of this machine
     coordinates = "thousandths" if config.model_type.startswith("qwen3_vl") else "pixels"
-    if coordinates == "pixels" and side % patch:
-        raise UserError(
-            f"--side {side}: the model would see another size: use a multiple of {patch}"
-        )
+    if coordinates == "pixels":
+        check_side(processor, config.vision_config.patch_size, side, name)
     if adapter != "none":
         model = load_adapter(model, adapter)
     ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
@@ -179,16 +259,40 @@ def load_vlm(
         coordinates=coordinates,
         end=torch.tensor([ends] if isinstance(ends, int) else ends, device=device),
         banned=torch.tensor([getattr(config, token) for token in names], device=device),
-        opening=opening,
+        opening=template_end(processor),
         scaler=torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16),
     )
 
 
 def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
-    """Put the trained adapter in a folder on a model. Raises UserError."""
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"--adapter {adapter}: no adapter_config.json there: name a RUN/adapter")
+    """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
+    flag = f"--adapter {adapter}"
+    folder = Path(adapter).expanduser()
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        raise UserError(f"{flag}: no adapter_config.json there: name a RUN/adapter")
+    file = weights.adapter_file(folder, flag)
+    tensors = weights.read_tensors(file, flag)
+    weights.check_finite(tensors.items(), f"{flag}: {file.name}", "it is damaged: fetch it again")
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings(action="ignore"):  # `check_keys` reports the same
+            model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
+            # A second time, because only this returns which keys were not used.
+            keys = model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"--adapter {adapter}: it does not fit ({reason_of(error)})") from error
+        reason = weights.unreadable(str(folder), error)
+        raise UserError(f"{flag}: it does not fit: {reason}") from error
+    config = model.active_peft_config
+    trained_on = config.base_model_name_or_path
+    if config.is_prompt_learning:
+        raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
+    missing = {key.replace(".default", "") for key in keys.missing_keys}
+    expected = weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False))
+    weights.check_keys(
+        missing=missing - tensors.keys(),
+        unknown=keys.unexpected_keys,
+        sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
+        what=flag,
+        mend=f"it was trained on {trained_on}: use that --vlm, or fetch it again",
+    )
+    return model

@@ -13,36 +13,78 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from plumbing.errors import UserError, exit_with_one_line, reason_of
 from plumbing.runs import share_weights
-from plumbing.vlm import load_adapter, vlm_path
+from plumbing.vlm import load_adapter, open_model
 
 
 def merge(vlm: str, adapter: Path, out: Path) -> None:
     """Merge the adapter in the folder `adapter` into the model `vlm`, and save it to `out`.
 
-    `out` is complete or not there. Raises UserError.
+    `out` is complete or not there. It is read again and compared with the adapter, because not
+    every adapter can be merged: an lm_head that shares its weights with the input embeddings would
+    change these too. Raises UserError.
     """
     if out.exists():
         raise UserError(f"--out {out} exists: name a new folder")
-    try:
-        processor = AutoProcessor.from_pretrained(vlm_path(vlm))
-        model = AutoModelForImageTextToText.from_pretrained(vlm_path(vlm), dtype="auto")
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"--vlm {vlm}: it cannot be loaded ({reason_of(error)})") from error
-    merged = load_adapter(model, str(adapter)).merge_and_unload()
+    processor, model = open_model(vlm, "auto", "cpu", options={})
+    inputs = one_prompt(processor)
+    base = logits(model, inputs)
+    trained = load_adapter(model, str(adapter))
+    expected = logits(trained, inputs)
+    merged = trained.merge_and_unload()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{out.name}.tmp-", dir=out.parent) as folder:
-            merged.save_pretrained(Path(folder) / "model")
-            processor.save_pretrained(Path(folder) / "model")
-            share_weights(Path(folder) / "model")
-            os.replace(Path(folder) / "model", out)
+            written = Path(folder) / "model"
+            merged.save_pretrained(written)
+            processor.save_pretrained(written)
+            share_weights(written)
+            del model, trained, merged  # two of them may not fit into memory
+            _, again = open_model(str(written), "auto", "cpu", options={})
+            check_same(logits(again, inputs), expected, base, again.dtype, f"--adapter {adapter}")
+            os.replace(written, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out} cannot be written ({reason_of(error)})") from error
+
+
+def one_prompt(processor) -> dict[str, torch.Tensor]:
+    """A prompt with an image, so that no layer is left out."""
+    content = [{"type": "image"}, {"type": "text", "text": "find the red square on the left"}]
+    chat = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template([chat], tokenize=False, add_generation_prompt=True)
+    image = Image.linear_gradient("L").convert("RGB")  # 256 x 256
+    return processor(text=text, images=[image], return_tensors="pt")
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model.eval()(**inputs).logits.float()
+
+
+def check_same(
+    merged: torch.Tensor,
+    adapter: torch.Tensor,
+    base: torch.Tensor,
+    dtype: torch.dtype,
+    flag: str,
+) -> None:
+    """Raise UserError if the merged model's logits are not the adapter's. base: without it.
+
+    The weights are rounded to `dtype` once more, so the logits differ a little.
+    """
+    rounding = max(1e-4, 8 * torch.finfo(dtype).eps) * adapter.norm()
+    error = (merged - adapter).norm()
+    if not error <= 0.1 * (adapter - base).norm() + rounding:
+        largest = (merged - adapter).abs().max()
+        raise UserError(
+            f"{flag}: it cannot be merged: the logits of the merged model differ by {largest:.2g} "
+            "(an adapter of a tied lm_head?): use the adapter itself"
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -53,6 +95,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--vlm", help="base model (default: that of the run): tiny, name or folder")
     args = parser.parse_args(argv)
+    args.adapter = args.adapter.expanduser()
+    args.out = args.out.expanduser()
     config = args.adapter.resolve().parent / "config.json"
     if not args.vlm and not config.is_file():
         raise UserError(f"--adapter {args.adapter}: no run is beside it: name the --vlm")

@@ -1,0 +1,191 @@
+"""weights.py - open weights that other people made. What does not fit is refused, never used in
+part: libraries load the keys that they know, and leave the others random or untrained.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from safetensors import safe_open
+from transformers.utils import logging
+
+from plumbing.errors import UserError, reason_of
+
+POINTER = b"version https://git-lfs"  # how the small file begins that stands for a large one
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+def fault_of(file: Path) -> str:
+    """What is wrong with a file: a git-lfs pointer, nothing in it, or damaged. "" if nothing is."""
+    with open(file, "rb") as opened:
+        start = opened.read(len(POINTER))
+    if start == POINTER:
+        return "is a git-lfs pointer, not the file that it stands for: run `git lfs pull`"
+    if not start:
+        return "is empty: fetch it again"
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text("utf-8"))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):  # reads the header, and compares it with the size
+                pass
+    except (ValueError, safetensors.SafetensorError) as error:
+        return f"is damaged or truncated: fetch it again ({reason_of(error)})"
+    return ""
+
+
+def read_tensors(file: Path, flag: str) -> dict:
+    """What a .safetensors file or a pickle of torch holds, in host memory. flag: for messages.
+
+    Raises UserError if it cannot be read, or if a weight in it is not finite.
+    """
+    try:
+        if fault := fault_of(file):
+            raise UserError(f"{flag}: {file} {fault}")
+        if file.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(file)
+        else:  # weights_only: a downloaded pickle could run any code; this reads only tensors
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything; this block only reads
+        raise UserError(
+            f"{flag}: {file} cannot be read as weights ({type(error).__name__}): it is truncated, "
+            "or holds something else than tensors: fetch it again"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise UserError(f"{flag}: {file} holds a {type(tensors).__name__}, not named weights")
+    return tensors
+
+
+def adapter_file(folder: Path, flag: str) -> Path:
+    """The file with the weights of an adapter. Raises UserError if there is none."""
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{flag}: there is no {ADAPTER_FILES[0]} in {folder}: fetch it too")
+
+
+def find_model(name: str, flag: str) -> tuple[str, dict]:
+    """Where a model of transformers is, a folder or a hub name, and options of `from_pretrained`.
+
+    Raises UserError at once if there is none: without a network, transformers would ask the hub
+    for minutes. What is in the cache is used.
+    """
+    options = {"trust_remote_code": False}  # else a terminal is asked whether to run the model's
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        for file in sorted(folder.glob("*.j*")):  # .json, .jinja: not all of them are missed later
+            if file.is_file() and (fault := fault_of(file)):
+                raise UserError(f"{flag}: {file.name} {fault}")
+        return str(folder), options
+    if folder.exists():
+        raise UserError(f"{flag}: this is a file: name the folder of a model")
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"{flag}: there is no such folder")
+    try:
+        HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{flag}: the hub has no model of this name, or not for you ({reason_of(error)})"
+        ) from error
+    except HfHubHTTPError:
+        pass  # an answer all the same: the files may be there
+    except Exception:  # no answer: which exceptions these packages raise depends on their versions
+        options["local_files_only"] = True
+    return name, options
+
+
+def unreadable(path: str, error: Exception) -> str:
+    """Why a model could not be opened: the file of its folder that is at fault, else the error."""
+    if Path(path).is_dir():
+        for file in sorted(Path(path).iterdir()):
+            if file.is_file() and file.name[0] != "." and (fault := fault_of(file)):
+                return f"{file.name} {fault}"
+    return f"it cannot be loaded ({reason_of(error)})"
+
+
+@contextlib.contextmanager
+def without_warnings():
+    """Keep transformers quiet about keys that are missing or unknown. `check_keys` reports them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
+
+
+def compare(
+    expected: dict[str, torch.Size], given: dict[str, torch.Size], what: str, mend: str
+) -> None:
+    """Raise UserError if the given weights are not exactly the expected ones.
+
+    >>> compare({"a": (1, 2), "b": (3,)}, {"a": (1, 3), "c": (3,)}, "--adapter A", "train another")
+    Traceback (most recent call last):
+    plumbing.errors.UserError: --adapter A: it lacks 1 of its weights (b), has 1 that the model \
+does not have (c), has 1 in another size (a: 1 x 3 in place of 1 x 2): train another
+    """
+    both = expected.keys() & given.keys()
+    check_keys(
+        missing=expected.keys() - both,
+        unknown=given.keys() - both,
+        sizes={key: (given[key], expected[key]) for key in both if given[key] != expected[key]},
+        what=what,
+        mend=mend,
+    )
+
+
+def check_keys(missing: Iterable[str], unknown: Iterable[str], sizes: dict, what: str, mend: str):
+    """Raise UserError if a key is missing, unknown, or its weight has another size.
+
+    sizes: the given and the expected shape of each weight of another size.
+    """
+    faults = []
+    if missing := sorted(missing):
+        faults.append(f"lacks {len(missing)} of its weights ({missing[0]})")
+    if unknown := sorted(unknown):
+        faults.append(f"has {len(unknown)} that the model does not have ({unknown[0]})")
+    if sizes:
+        key = min(sizes)
+        given, expected = (" x ".join(map(str, shape)) for shape in sizes[key])
+        faults.append(f"has {len(sizes)} in another size ({key}: {given} in place of {expected})")
+    if faults:
+        raise UserError(f"{what}: it {', '.join(faults)}: {mend}")
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str, mend: str) -> None:
+    """Raise UserError if a number is NaN or infinite. `tensors`: names and weights, on one device.
+
+    The sum shows it, without a second tensor of the size of the weight.
+    """
+    sums = {}
+    for name, tensor in tensors:
+        if tensor.is_floating_point():
+            tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
+            sums[name] = tensor.detach().sum(dtype=torch.float32)
+    if not sums:
+        return
+    finite = torch.stack(list(sums.values())).isfinite().tolist()  # one wait for a GPU
+    bad = [name for name, good in zip(sums, finite, strict=True) if not good]
+    if bad:
+        raise UserError(f"{what}: {len(bad)} weights are not finite ({bad[0]}): {mend}")
