@@ -157,8 +157,7 @@ def train(s: Settings) -> None:
     bar = tqdm(range(first, s.steps), desc="train", unit="step", initial=first, total=s.steps)
     for step in bar:
         timer = runs.PhaseTimer(policy.device)
-        last = step + 1 == s.steps
-        log_this_step = (step + 1) % s.save_every == 0 or step == 0 or last
+        log_this_step = (step + 1) % s.save_every == 0 or step + 1 in (1, s.steps)
         lr = set_learning_rate(optimizer, s, step)
 
         # 1. Rollout: G completions for each of B prompts.
@@ -210,8 +209,7 @@ def train(s: Settings) -> None:
             bar.close()
             stop.exit(out, step + 1)
 
-    stop.end()  # every step is saved: now a signal need not wait
-    with continued_by(runs.resume_command("train", out)):
+    with stop.ended(out):  # every step is saved: now a signal need not wait
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
     runs.save_checkpoint(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import BadSample, Sample
 from plumbing import weights
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, continued_by, reason_of
 
 try:
     import resource  # peak memory of the process
@@ -317,7 +317,7 @@ def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
 class StopSignal:
     """Notes Ctrl-C and SIGTERM, so that the current step can be finished and saved.
 
-    The second signal ends the run at once. So does the first one after `end`.
+    The second signal ends the run at once. So does the first one in `ended`.
     """
 
     def __init__(self):
@@ -331,10 +331,13 @@ class StopSignal:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
-    def end(self) -> None:
+    @contextlib.contextmanager
+    def ended(self, out: Path):
         """No step is left to be finished: Ctrl-C and SIGTERM act at once, as they did before."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with continued_by(resume_command("train", out)):
+            yield
 
     def exit(self, out: Path, step: int) -> None:
         command = resume_command("train", out)

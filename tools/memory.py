@@ -112,7 +112,7 @@ def sam_parts(s) -> Parts:
     SAM 1 is built without a download. Of a SAM 2, config.json is read.
     """
     size, _, name = s.sam.partition(":")
-    if size not in ("sam2", *SAM_SIZES) or not name and size != "tiny":
+    if size not in ("sam2", *SAM_SIZES) or (not name and size != "tiny"):
         raise UserError(f"--sam {s.sam}: there is no such SAM: use {KNOWN_SAMS}")
     config = sam2_config(name) if size == "sam2" else None
     with torch.device("meta"):
