@@ -228,7 +228,8 @@ def read_expressions(name: str, root: Path, split: str, samples: int | None) -> 
         image = images.get(ref["image_id"])
         expressions.append(Expression(key, sentence["sent"], image, segmentation))
     if not expressions:
-        raise UserError(f"{file} has no expression of split {split}. Delete it, then run: {hint}")
+        mend = f"Mend it, or move it away and run: {hint}"
+        raise UserError(f"{file} has no expression of split {split}. {mend}")
     return expressions
 
 
@@ -263,21 +264,29 @@ class RefCOCO:
             return Sample(image, check_query(one.query), mask, None, one.id)
 
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # suffixes; the first is that of LISA
+
+
 class ReasonSeg:
     """A split of ReasonSeg (LISA, arXiv 2308.00692): ROOT/<split>/NAME.jpg with NAME.json.
 
-    The constructor raises UserError if the folder is empty or OpenCV is missing. [index] returns a
-    `Sample` or raises `BadSample`. The query is the first text of the image, and the masks equal
-    those of LISA's reader. An image without a target is a bad sample in train, because it teaches
-    nothing. In val and test its correct answer is an empty mask.
+    The picture may also be a .jpeg, .png or .webp, in small or capital letters, but where there is
+    a .jpg, LISA reads that one. The constructor raises UserError if the folder is empty or OpenCV
+    is missing. [index] returns a `Sample` or raises `BadSample`. The query is the first text of the
+    image, and the masks equal those of LISA's reader. An image without a target is a bad sample in
+    train, because it teaches nothing. In val and test its correct answer is an empty mask.
     """
 
     def __init__(self, root: Path | str, split: str):
         self.split = split
         self.folder = Path(root) / split
         self.hint = "python -m tools.fetch reasonseg"  # it explains how to get them
-        files = [file for file in self.folder.glob("[!.]*") if file.suffix in (".jpg", ".json")]
-        self.names = sorted({file.stem for file in files})
+        self.files = {}  # name: {suffix: file}
+        for file in sorted(self.folder.glob("[!.]*")):
+            self.files.setdefault(file.stem, {})[file.suffix.lower()] = file
+        # A .png without a .json is no sample: it may be the mask of one.
+        needed = {".json", ".jpg", ".jpeg"}
+        self.names = sorted(name for name, files in self.files.items() if needed & set(files))
         if not self.names:
             raise UserError(f"{self.folder} has no .jpg and .json files. Run: {self.hint}")
         try:  # here, so that the run ends instead of skipping every sample
@@ -290,11 +299,16 @@ class ReasonSeg:
 
     def __getitem__(self, index: int) -> Sample:
         name = self.names[index]
-        file = self.folder / f"{name}.json"
+        files = self.files[name]
+        file = files.get(".json", self.folder / f"{name}.json")
         with foreign(file, self.hint, kind=BadSample):
-            image = read_image(file.with_name(f"{name}.jpg"), self.hint)
-            text, shapes = read_labelme(file)
-            query = check_query(text if isinstance(text, str) else text[0])
+            found = [files[suffix] for suffix in PICTURES if suffix in files]
+            if len(found) > 1 and ".jpg" not in files:
+                raise UserError(f"{found[0].name} and {found[1].name} have its name: keep one")
+            picture = found[0] if found else self.folder / f"{name}.jpg"
+            image = read_image(picture, self.hint)
+            text, shapes = read_labelme(file, image.size)
+            query = check_query(text)
             target, ignore = labelme_masks(shapes, image.width, image.height)
             if self.split == "train" and not target.any():
                 raise UserError("no pixel is target. Skip this sample")

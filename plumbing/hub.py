@@ -68,11 +68,14 @@ def open_table(name: str, needed: tuple[str, ...], part: str):
         if not folder.is_dir() and not datasets.config.HF_HUB_OFFLINE:
             # `datasets` finds out as well, but without a network it tries for half a minute.
             HfApi().dataset_info(name, timeout=10)
-        builder = datasets.load_dataset_builder(name)
-        if builder.info.features:  # the hub knows them before the download
-            check_columns(name, builder.info.features, needed)
-        parts = [str(one) for one in builder.config.data_files or [part]]
-        table = datasets.load_dataset(name, split=parts[0] if len(parts) == 1 else part)
+        if (folder / "state.json").is_file():  # `save_to_disk` wrote the folder
+            table = datasets.load_from_disk(name)
+        else:
+            builder = datasets.load_dataset_builder(name)
+            if builder.info.features:  # the hub knows them before the download
+                check_columns(name, builder.info.features, needed)
+            parts = [str(one) for one in builder.config.data_files or [part]]
+            table = datasets.load_dataset(name, split=parts[0] if len(parts) == 1 else part)
         check_columns(name, table.features, needed)
     except UserError:
         raise

@@ -1,11 +1,12 @@
 """photos.py - decode images and annotations that other people made, or say why it is impossible.
 
-The files of REFER (RefCOCO, RefCOCO+, RefCOCOg), COCO's segmentations, labelme's polygons
+The files of REFER (RefCOCO, RefCOCO+, RefCOCOg), COCO's segmentations, labelme's shapes
 (ReasonSeg), image files, and queries. Which of them are used, and for what, is in data.py.
 
 All of this is foreign data, so nothing here trusts it: an error is one line that names the file.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -17,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw
 from pycocotools import mask as coco
 
 from plumbing.errors import UserError, reason_of
@@ -36,6 +37,15 @@ PHOTOGRAPHS = "images/mscoco/images/train2014"
 INSTALL_CV2 = 'pip install "opencv-python-headless<4.11"'
 THINNEST = 200  # longest side over shortest; the tiny SAM would lose the short one above 256
 LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 without a check
+UPRIGHT = {  # EXIF's orientation of a stored picture: what turns it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @contextlib.contextmanager
@@ -56,7 +66,7 @@ def foreign(what: object, hint: str = "", kind: type[UserError] = UserError):
         mend = f"Run: {hint}" if hint else "Skip this sample"
         raise kind(f"{error.filename or what} is missing. {mend}") from error
     except Exception as error:
-        mend = f"Delete it, then run: {hint}" if hint else "Skip this sample"
+        mend = f"Mend it, or move it away and run: {hint}" if hint else "Skip this sample"
         raise kind(f"{what} cannot be used ({reason_of(error)}). {mend}") from error
 
 
@@ -72,7 +82,22 @@ class PlainUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it imports {module}.{name}, but it may hold plain data only")
+        mend = ": write its numbers as int() gives them" if module.startswith("numpy") else ""
+        reason = f"it imports {module}.{name}, but it may hold plain data only{mend}"
+        raise pickle.UnpicklingError(reason)
+
+
+def whole(value: object) -> int:
+    """An id as an int, also if it is written as a text. Raises ValueError for anything else.
+
+    Ids join the files. If one file had the text "7" and another the number 7, no sample would have
+    a mask.
+    """
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = int(value)
+        if isinstance(value, str) or number == value:
+            return number
+    raise ValueError(f"an id in it is not a whole number: {value!a:.40}")
 
 
 def read_refs(file: Path, hint: str) -> list[dict]:
@@ -84,13 +109,17 @@ def read_refs(file: Path, hint: str) -> list[dict]:
     with foreign(file, hint):
         # Python 2 wrote these pickles, so their strings are bytes.
         refs = PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
-        keys = ("ref_id", "ann_id", "image_id", "split", "sentences")
-        refs = [{key: ref[key] for key in keys} for ref in refs]
-        for ref in refs:
-            ref["sentences"] = [
-                {"sent_id": one["sent_id"], "sent": one["sent"].strip()} for one in ref["sentences"]
-            ]
-        return refs
+        return [
+            {
+                **{key: whole(ref[key]) for key in ("ref_id", "ann_id", "image_id")},
+                "split": ref["split"],
+                "sentences": [
+                    {"sent_id": whole(one["sent_id"]), "sent": one["sent"].strip()}
+                    for one in ref["sentences"]
+                ],
+            }
+            for ref in refs
+        ]
 
 
 def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
@@ -112,9 +141,10 @@ def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
         name = image["file_name"]
         if os.path.basename(name) != name:  # tools.fetch writes files of these names
             raise ValueError("a file_name in it is a path")
-        images[image["id"]] = (name, (image["width"], image["height"]))
+        images[whole(image["id"])] = (name, (image["width"], image["height"]))
     annotations = {
-        one["id"]: (one["image_id"], one.get("segmentation")) for one in instances["annotations"]
+        whole(one["id"]): (whole(one["image_id"]), one.get("segmentation"))
+        for one in instances["annotations"]
     }
     return images, annotations
 
@@ -127,74 +157,178 @@ def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
 def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
     """Decode a COCO segmentation to a mask, (H, W) bool.
 
-    segmentation: polygons [[x1, y1, x2, y2, ...], ...] in image pixels, or run lengths
-        {"size": [H, W], "counts": [...]} along the columns, the first one of zeros.
+    segmentation: a list of parts, or one part. A part is a polygon [x1, y1, x2, y2, ...] in image
+        pixels, also as pairs [[x1, y1], ...], or run lengths {"size": [H, W], "counts": [...]}
+        along the columns, the first one of zeros.
 
-    Compressed run lengths (a string) are refused: COCO's and REFER's files have none, and
-    pycocotools decodes them without a check and writes past the end of its memory if they are
-    wrong. It also crashes on a corner that is NaN. Raises ValueError, LookupError or TypeError.
+    Raises ValueError, LookupError or TypeError. Corners are checked, because pycocotools crashes on
+    one that is NaN.
     """
-    if isinstance(segmentation, dict):
-        runs = segmentation["counts"]
-        if not isinstance(runs, list):
-            raise ValueError("its run lengths are compressed: convert them to a list of numbers")
-        if segmentation["size"] != [height, width] or sum(runs) != height * width:
-            raise ValueError(f"its run lengths are not those of {width} x {height} pixels")
-        values = np.arange(len(runs)) % 2 == 1  # zeros and ones in turn
-        return np.repeat(values, runs).reshape(width, height).T  # refuses negative runs
     mask = np.zeros((height, width), bool)
-    for polygon in segmentation:
-        if len(polygon) < 6:  # two corners enclose no area
+    for part in coco_parts(segmentation):
+        if isinstance(part, dict):
+            mask |= decode_runs(part, width, height)
             continue
-        if not (np.abs(np.array(polygon, np.float64)) < LARGEST_CORNER).all():
+        corners = np.array(part, np.float64)
+        if corners.ndim == 1 and len(corners) % 2 == 0:
+            corners = corners.reshape(-1, 2)
+        if corners.ndim != 2 or corners.shape[1] != 2:
+            raise ValueError("a polygon is not made of pairs of numbers")
+        if len(corners) < 3:  # two corners enclose no area
+            continue
+        if not (np.abs(corners) < LARGEST_CORNER).all():
             raise ValueError("a corner is not finite, or absurdly far away")
-        mask |= coco.decode(coco.frPyObjects([polygon], height, width)[0]).astype(bool)
+        polygons = coco.frPyObjects([corners.ravel().tolist()], height, width)
+        mask |= coco.decode(polygons[0]).astype(bool)
     return mask
 
 
-def read_labelme(file: Path) -> tuple[object, list[dict]]:
-    """The text (one or a list, unchecked) and the shapes of one of ReasonSeg's files."""
-    raw = file.read_bytes()
-    try:
-        annotation = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        annotation = json.loads(raw.decode("cp1252"))  # a few files of the published set
-    return annotation["text"], annotation["shapes"]
+def coco_parts(segmentation: list | dict) -> list:
+    """The parts of a segmentation: itself, if it is one part without a list around."""
+    if not segmentation:
+        return []
+    if isinstance(segmentation, dict) or not isinstance(segmentation[0], list | dict):
+        return [segmentation]  # run lengths, or x1, y1, x2, y2, ...
+    pairs = [one for one in segmentation if len(one) == 2 and not isinstance(one, dict)]
+    if len(pairs) == len(segmentation) > 2 and not isinstance(pairs[0][0], list):
+        return [segmentation]  # [x1, y1], [x2, y2], ...
+    return segmentation
+
+
+def decode_runs(part: dict, width: int, height: int) -> np.ndarray:
+    """Decode COCO's run lengths to a mask, (H, W) bool.
+
+    Compressed ones (a string) are refused: COCO's and REFER's files have none, and pycocotools
+    decodes them without a check and writes past the end of its memory if they are wrong.
+    """
+    runs = part["counts"]
+    if not isinstance(runs, list):
+        raise ValueError("its run lengths are compressed: convert them to a list of numbers")
+    if part["size"] != [height, width] or sum(runs) != height * width:
+        raise ValueError(f"its run lengths are not those of {width} x {height} pixels")
+    values = np.arange(len(runs)) % 2 == 1  # zeros and ones in turn
+    return np.repeat(values, runs).reshape(width, height).T  # refuses negative runs
+
+
+# What distinguishes cp1252 from other encodings that are read as it, see `decode_text`.
+LETTERS = "À-ÖØ-öø-ÿŒœŠšŽžŸ"
+MARKS = "‘’‚“”„‹›«»–—…¿¡•©®™\xa0"  # these stand beside any letter
+SIGN = rf"[^\x00-\x7f{LETTERS}{MARKS}]"
+OTHER_ENCODING = re.compile(
+    rf"{SIGN}(?:{SIGN}|[{LETTERS}])|[{LETTERS}]{SIGN}"  # a sign beside a sign or a letter
+    rf"|(?![·\xad°µ×±£€§]){SIGN}[A-Za-z]"
+    rf"|[{LETTERS}]{{4}}|\b([{LETTERS}])(?!(?i:\1))[{LETTERS}]+\b"  # words without a plain letter
+    r"|(?<!\\)[a-zß-ÿ][À-ÞŒŠŽŸ]"  # a capital, or an opening mark, within a word
+    r"|[^\W\d][‚„¿¡]"
+)
+
+
+def decode_text(raw: bytes) -> str:
+    """Decode UTF-8, with or without a byte order mark, or cp1252 (a few files of ReasonSeg).
+
+    Almost all bytes can be decoded as cp1252, so those of another encoding would become a wrong
+    query. They are recognised by bytes that cp1252 does not have, and by what texts of Western
+    Europe do not hold: signs such as ¤ beside accented letters, words of accented letters only,
+    and accented capitals within words. This finds sentences in Chinese, Japanese, Korean, Cyrillic,
+    Greek, Hebrew, Arabic and Thai, and the accents of Macintosh and DOS. It cannot find cp1250,
+    cp1254 and cp1257, which differ from cp1252 in a few letters.
+
+    Raises ValueError.
+    """
+    with contextlib.suppress(UnicodeDecodeError):
+        return raw.decode("utf-8-sig")
+    text = raw.decode("cp1252", errors="replace")
+    if "\ufffd" in text or OTHER_ENCODING.search(text):
+        raise ValueError("it is neither UTF-8 nor cp1252: save it as UTF-8")
+    return text
+
+
+def read_labelme(file: Path, size: tuple[int, int]) -> tuple[object, list[dict]]:
+    """The query (the first text, unchecked) and the shapes of one of ReasonSeg's files.
+
+    size: (width, height) of its picture. Raises ValueError or TypeError, also if the file is for a
+        picture of another size.
+    """
+    annotation = json.loads(decode_text(file.read_bytes()))
+    for key in ("text", "shapes"):
+        if key not in annotation:
+            raise ValueError(f"it has no {key!r}")
+    stated = (annotation.get("imageWidth"), annotation.get("imageHeight"))  # labelme writes them
+    if None not in stated and stated != size:
+        raise ValueError(f"it is for a picture of {stated} pixels, and its picture has {size}")
+    text = annotation["text"]
+    query = text[0] if isinstance(text, list) and text else text
+    return query, annotation["shapes"]
 
 
 def labelme_masks(shapes: list[dict], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fill labelme polygons as LISA's utils/data_processing.py does: outline and inside.
+    """Fill labelme shapes as LISA's utils/data_processing.py does: outline and inside.
 
-    Larger polygons are filled first, so smaller ones cover them: an `ignore` hole in a target, and
+    Larger shapes are filled first, so smaller ones cover them: an `ignore` hole in a target, and
     a target inside that hole. Of two equal areas, the one listed later is filled first. The label
     `flag` has no meaning and is skipped.
 
-    shapes: [{"label": str, "points": [[x, y], ...]}, ...] in image pixels, truncated to integers.
+    shapes: dicts with "label", a text, and what `paint_shape` needs.
 
-    Returns target and ignore, (H, W) bool. Raises ValueError, LookupError, TypeError or
-    AttributeError.
+    Returns target and ignore, (H, W) bool. Foreign shapes can raise anything.
     """
-    import cv2  # only this function needs OpenCV
-
     regions = []
     for shape in reversed(shapes):
         label = shape["label"].lower()
         if label == "flag":
             continue
-        corners = np.array(shape["points"], np.float64).reshape(len(shape["points"]), 2)
-        if not (len(corners) and (np.abs(corners) < LARGEST_CORNER).all()):
-            raise ValueError("a polygon has no corners, or one is not finite or absurdly far away")
-        corners = corners.astype(np.int32)
-        region = np.zeros((height, width), np.uint8)
-        cv2.polylines(region, [corners], isClosed=True, color=1, thickness=1)
-        cv2.fillPoly(region, [corners], color=1)
-        regions.append(("ignore" in label, region.astype(bool)))
+        region = paint_shape(shape, width, height)
+        if not region.any():
+            raise ValueError("a shape marks no pixel of the picture")
+        regions.append(("ignore" in label, region))
     target = np.zeros((height, width), bool)
     ignore = np.zeros((height, width), bool)
     for ignored, region in sorted(regions, key=lambda pair: -pair[1].sum()):
         target[region] = not ignored
         ignore[region] = ignored
     return target, ignore
+
+
+def paint_shape(shape: dict, width: int, height: int) -> np.ndarray:
+    """The pixels of a labelme shape, (H, W) bool. Its "shape_type" and its "points" [[x, y], ...]:
+
+    polygon:   corners in image pixels, truncated to integers, as in LISA. Also without a type.
+    rectangle: two opposite corners, or all four, filled in the same way.
+    circle:    the centre and a point on the circle, filled as labelme does.
+    mask:      the first and the last of its pixels. "mask" is a PNG of them in base64.
+
+    Other types, such as a line or a point, enclose no area. They raise ValueError.
+    """
+    import cv2  # only this function needs OpenCV
+
+    kind = shape.get("shape_type") or "polygon"
+    corners = np.array(shape["points"], np.float64).reshape(len(shape["points"]), 2)
+    if not (len(corners) and (np.abs(corners) < LARGEST_CORNER).all()):
+        raise ValueError(f"a {kind} has no corners, or one is not finite or absurdly far away")
+    region = np.zeros((height, width), np.uint8)
+    if kind == "rectangle" and len(corners) == 2:
+        corners = corners[[[0, 0], [1, 0], [1, 1], [0, 1]], [0, 1]]  # x of one, y of one
+    if kind == "polygon" or (kind == "rectangle" and len(corners) == 4):
+        corners = corners.astype(np.int32)
+        cv2.polylines(region, [corners], isClosed=True, color=1, thickness=1)
+        cv2.fillPoly(region, [corners], color=1)
+    elif kind == "circle" and len(corners) == 2:
+        radius = np.linalg.norm(corners[1] - corners[0])
+        canvas = Image.fromarray(region)
+        box = [tuple(corners[0] - radius), tuple(corners[0] + radius)]
+        ImageDraw.Draw(canvas).ellipse(box, fill=1, outline=1)
+        region = np.asarray(canvas)
+    elif kind == "mask" and len(corners) == 2:
+        png = io.BytesIO(base64.b64decode(shape["mask"]))
+        pixels = np.asarray(decode_image(png, stored=True))[..., 0]
+        (x1, y1), (x2, y2) = corners.astype(int)
+        place = region[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1]
+        if place.shape != pixels.shape or pixels.shape != (y2 + 1 - y1, x2 + 1 - x1):
+            raise ValueError("a mask does not fit between its corners, or in its picture")
+        place[:] = pixels
+    else:
+        raise ValueError(f"a shape is a {kind} of {len(corners)} points, which has no area")
+    return region.astype(bool)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,30 +353,29 @@ def read_image(file: Path, hint: str, size: tuple[int, int] | None = None) -> Im
 def decode_image(file: Path | io.BytesIO, stored: bool = False) -> Image.Image:
     """Decode a JPEG, PNG or WebP to RGB, rotated as its EXIF data say, or as `stored`.
 
-    Raises OSError, ValueError, SyntaxError or DecompressionBombError.
+    Pillow's `exif_transpose` writes all other EXIF data again, and fails on those of some cameras.
+    This reads the orientation alone. A damaged file can raise anything.
     """
     with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as opened:
-        image = (opened if stored else ImageOps.exif_transpose(opened)).convert("RGB")
+        if opened.mode.startswith(("I", "F")):
+            raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
+        image = opened.convert("RGB")
+        orientation = None if stored else opened.getexif().get(ExifTags.Base.Orientation)
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
     check_shape(image)
     return image
 
 
 def read_picture(file: str) -> Image.Image:
-    """Decode a picture of the user's, of any format, to RGB, rotated as its EXIF data say.
-
-    Raises UserError.
-    """
+    """`decode_image` for a picture of the user's. Raises UserError."""
     if not file:
         raise UserError("--image: name the picture")
     try:
-        picture = Image.open(file)
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
-        check_shape(picture)
-        return picture
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be used ({reason_of(error)})") from error
+        return decode_image(Path(file).expanduser())
+    except Exception as error:  # a damaged file can raise anything
+        mend = "name a JPEG, PNG or WebP that other programs can open"
+        raise UserError(f"{file} cannot be used ({reason_of(error)}): {mend}") from error
 
 
 def check_shape(image: Image.Image) -> None:

@@ -41,6 +41,7 @@ PANELS = {  # of `curves`: title and metrics
 }
 NUMBERS = ("reward", "accuracy", "think_format", "answer_format", "iou")
 LONGEST_SIDE = 640  # pixels; recorded pictures are scaled down to this
+TALLEST = 4  # height over width of `found`; drawing one of 200 x the width would take 12 GiB
 PHOTOGRAPH = 256  # pixels; a picture with a longer side is stored as a JPEG, any other as a PNG
 
 # ----------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int 
 
 def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
     """One picture with the mask of a query (H, W) bool, the prompt, and the policy's reasoning."""
-    size = (7, 7 * image.height / image.width + 1.2)
+    size = (7, 7 * min(image.height / image.width, TALLEST) + 1.2)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
     draw_answer(axes, image, mask, prompt)

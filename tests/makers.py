@@ -124,9 +124,9 @@ def make_refer(root: Path, name: str, refs_name: str, splits: list[str], images:
 # --------------------------------------------------------------------------------------------------
 
 
-def shape(label: str, *points: tuple[float, float]) -> dict:
-    """A labelme polygon."""
-    return {"label": label, "shape_type": "polygon", "points": [list(p) for p in points]}
+def shape(label: str, *points: tuple[float, float], kind: str = "polygon", **more) -> dict:
+    """A labelme shape."""
+    return {"label": label, "shape_type": kind, "points": [list(p) for p in points], **more}
 
 
 def box(x1: float, y1: float, x2: float, y2: float) -> list[tuple[float, float]]:

@@ -92,10 +92,26 @@ def test_a_set_that_datasets_wrote_itself_is_read_the_same(tmp_path):
         assert np.array_equal(one.mask, other.mask) and np.array_equal(one.image, other.image)
 
 
+def test_a_folder_of_save_to_disk_is_read_the_same(tmp_path):
+    rows = masked_rows()
+    plain = load_data(write(tmp_path / "plain", rows), "heldout")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    found = load_data(f"hub:{tmp_path}/saved", "heldout")
+    for one, other in zip(plain, found, strict=True):
+        assert np.array_equal(one.mask, other.mask) and np.array_equal(one.image, other.image)
+
+
+def deep_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("I;16", (40, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 BROKEN = {
     "no image": {"image": None},
     "no bytes": {"image": {"bytes": None, "path": "x.jpg"}},
     "image of another kind": {"image": {"bytes": b"GIF89a" + bytes(99), "path": ""}},
+    "image with 16 bits": {"image": {"bytes": deep_png(), "path": ""}},
     "image of another size": {"image": {"bytes": jpeg(picture(41, 30, 0)), "path": ""}},
     "special token": {"text": "the <|image_pad|> thing"},
     "no mask": {"mask": None},

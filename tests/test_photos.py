@@ -3,11 +3,14 @@
 Nothing here uses the network. Masks marked "OpenCV 4.8" come from LISA's reader with OpenCV 4.8.0.
 """
 
+import base64
 import hashlib
+import io
 import json
 import os
 import pickle
 import random
+import struct
 import sys
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from makers import (
     runs,
     shape,
 )
-from PIL import Image
+from PIL import Image, ImageOps, features
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
@@ -137,6 +140,12 @@ def test_coco_mask_decodes_polygons_and_run_lengths():
     np.testing.assert_array_equal(coco_mask(counts, 12, 7), mask)
     np.testing.assert_array_equal(coco.decode(coco.frPyObjects(counts, 7, 12)), mask)
     assert coco_mask({"size": [7, 12], "counts": [0, 84]}, 12, 7).all()
+    np.testing.assert_array_equal(coco_mask([counts], 12, 7), mask)
+    np.testing.assert_array_equal(coco_mask([counts, first], 12, 7), mask | one)
+    pairs, more = (np.reshape(part, (-1, 2)).tolist() for part in (first, second))
+    for same in (first, pairs, [pairs], [first, [1, 1]]):
+        np.testing.assert_array_equal(coco_mask(same, 12, 7), one)
+    np.testing.assert_array_equal(coco_mask([pairs, more], 12, 7), one | other)
 
 
 BAD_SEGMENTATIONS = [
@@ -148,6 +157,8 @@ BAD_SEGMENTATIONS = [
     {"size": [7, 12], "counts": [-2, 86]},
     {"size": [7, 12], "counts": "n2g0"},  # 84 zeros and ones, compressed
     [3],
+    [[2, 2, 6, 2, 6, 5, 2]],  # pycocotools would leave the last number out
+    [[[2, 2, 1], [6, 2, 1], [6, 5, 1]]],
 ]
 
 
@@ -155,6 +166,49 @@ BAD_SEGMENTATIONS = [
 def test_coco_mask_refuses_bad_segmentations(segmentation):
     with pytest.raises((ValueError, LookupError, TypeError)):
         coco_mask(segmentation, 12, 7)
+
+
+def numbered(made, refs: type, instances: type) -> None:
+    """Write the files again with ids of other types."""
+    sentence = {"sent_id": refs(8), "sent": "it"}
+    ids = {"ref_id": refs(1), "ann_id": refs(7), "image_id": refs(9), "split": "val"}
+    content = pickle.dumps([ids | {"sentences": [sentence]}], protocol=2)
+    (made.root / "refcocog" / "refs(umd).p").write_bytes(content)
+    image = {"id": instances(9), "file_name": "COCO_train2014_000000000025.jpg"}
+    annotation = {
+        "id": instances(7),
+        "image_id": instances(9),
+        "segmentation": [[1, 1, 9, 1, 9, 9]],
+    }
+    content = {"images": [image | {"width": 72, "height": 96}], "annotations": [annotation]}
+    (made.root / "refcocog" / "instances.json").write_text(json.dumps(content))
+
+
+def test_ids_join_also_if_they_are_texts(tmp_path):
+    made = make_refcocog(tmp_path)
+    for types in ((int, str), (str, int), (str, "0{}".format), (float, int)):
+        numbered(made, *types)
+        (one,) = RefCOCO("refcocog", tmp_path, "val")
+        assert one.id == "refcocog-1-8" and one.mask.any(), types
+
+
+OTHER_IDS = [
+    (np.int64, int, "as int() gives"),
+    (lambda n: [n], int, "[1]"),
+    ("a{}".format, int, "a1"),
+]
+OTHER_IDS += [
+    (int, "a{}".format, "'a9'"),
+    (int, lambda n: n + 0.5, "9.5"),
+    (int, lambda n: None, "None"),
+]
+
+
+@pytest.mark.parametrize("refs, instances, word", OTHER_IDS)
+def test_other_ids_are_named_and_no_file_is_to_be_deleted(tmp_path, refs, instances, word):
+    numbered(make_refcocog(tmp_path), refs, instances)
+    message = error_of(RefCOCO, "refcocog", tmp_path, "val")
+    assert word in message and "elete" not in message
 
 
 # The subsample. These ids must be the same on every machine and in every Python version.
@@ -243,7 +297,7 @@ def spoil(made, folder: Path) -> dict[str, tuple[str, ...]]:
     made.instances["annotations"].remove(annotations[8])
     made.instances["images"] = made.instances["images"][:-1]
     (made.root / "refcocog" / "instances.json").write_text(json.dumps(made.instances))
-    command = f"then run: python -m tools.fetch refcocog --out {made.root}"
+    command = f"move it away and run: python -m tools.fetch refcocog --out {made.root}"
     return {
         "-702-": ("000000000041.jpg is missing. Run: python -m tools.fetch refcocog",),
         "-703-": ("000000000057.jpg", "truncated", command),
@@ -349,7 +403,7 @@ def test_a_broken_annotation_file_is_one_line(tmp_path):
     for content in (b"", b"garbage", valid[:-30], pickle.dumps([{"split": "train"}])):
         refs.write_bytes(content)
         message = error_of(load_data, f"refcocog:{tmp_path}", "train")
-        assert "refs(umd).p" in message and "Delete it" in message, content[:20]
+        assert "refs(umd).p" in message and "move it away and run" in message, content[:20]
     refs.write_bytes(pickle.dumps([]))
     assert "no expression of split val" in error_of(load_data, f"refcocog:{tmp_path}", "heldout")
     refs.write_bytes(valid)
@@ -358,7 +412,7 @@ def test_a_broken_annotation_file_is_one_line(tmp_path):
     for content in ("{", "[]", '{"images": [], "annotations": [1]}', json.dumps(escape)):
         instances.write_text(content)
         message = error_of(load_data, f"refcocog:{tmp_path}", "train")
-        assert "instances.json" in message and "Delete it" in message, content[:20]
+        assert "instances.json" in message and "move it away and run" in message, content[:20]
 
 
 def test_a_root_may_have_the_name_of_a_split(tmp_path, monkeypatch):
@@ -455,6 +509,59 @@ def fill(points: list, width: int, height: int) -> np.ndarray:
     return labelme_masks([shape("target", *points)], width, height)[0]
 
 
+def drawn(kind: str | None, *points, **more) -> list[str]:
+    """The mask of one labelme shape in a picture of 8 x 6 pixels."""
+    return as_text(labelme_masks([shape("target", *points, kind=kind, **more)], 8, 6)[0])
+
+
+BOX = "........ .#####.. .#####.. .#####.. ........ ........".split()
+
+
+def png(mask: np.ndarray) -> dict[str, str]:
+    """As labelme stores the pixels of a mask."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8)).save(buffer, "PNG")
+    return {"mask": base64.b64encode(buffer.getvalue()).decode()}
+
+
+def test_the_type_of_a_shape_is_honoured():
+    pytest.importorskip("cv2")
+    corners = (1.9, 1), (5.2, 3.9)
+    for one in (corners, corners[::-1], ((1, 3), (5, 1)), box(1, 1, 5, 3)):
+        assert drawn("rectangle", *one) == BOX
+    assert drawn("polygon", *box(1, 1, 5, 3)) == drawn(None, *box(1, 1, 5, 3)) == BOX
+    disc = "...###.. ..#####. ..#####. ..#####. ...###.. ........".split()
+    assert drawn("circle", (4, 2), (4, 4)) == drawn("circle", (4, 2), (2, 2)) == disc
+    ring = np.ones((3, 5), bool)
+    ring[1, 1:4] = False
+    masked = "........ .#####.. .#...#.. .#####.. ........ ........".split()
+    assert drawn("mask", (1.0, 1.0), (5.0, 3.0), **png(ring)) == masked
+
+
+BAD_SHAPES = [
+    *[
+        shape("target", (1, 1), (5, 3), kind=kind)
+        for kind in ("line", "linestrip", "points", "box")
+    ],
+    shape("ignore", (1, 1), kind="point"),
+    shape("target", (1, 1), kind="circle"),
+    shape("target", (1, 1), (2, 2), (3, 3), kind="rectangle"),
+    shape("target", (1, 1), (5, 3), kind="mask"),
+    shape("target", (1, 1), (5, 4), kind="mask", **png(np.ones((3, 5)))),
+    shape("target", (4, 1), (8, 3), kind="mask", **png(np.ones((3, 5)))),
+    shape("target", (-1, 1), (3, 3), kind="mask", **png(np.ones((3, 5)))),
+    shape("target", *box(8, 1, 12, 3)),  # beside the picture: an empty mask would be the truth
+]
+
+
+@pytest.mark.parametrize("bad", BAD_SHAPES, ids=str)
+def test_a_shape_without_an_area_in_the_picture_is_refused(bad):
+    pytest.importorskip("cv2")
+    with pytest.raises((ValueError, LookupError)):
+        labelme_masks([bad], 8, 6)
+    assert not labelme_masks([bad | {"label": "flag"}], 8, 6)[0].any()
+
+
 def test_corners_may_lie_outside_of_the_image_but_not_anywhere():
     pytest.importorskip("cv2")
     assert fill([(-5, -5), (9e4, -5), (9e4, 9e4), (-5, 9e4)], 4, 2).all()
@@ -493,6 +600,8 @@ BAD_ANNOTATIONS = [
     *[{"text": text} for text in ([], [5], None, " ", ["a\x00b"], "the <|im_end|> here")],
     {"shapes": [{"label": 3, "points": [[1, 1]]}]},
     *[{"shapes": [shape("target", *points)]} for points in ([], [(1, 2, 3)], [(1e300, 1)])],
+    {"shapes": [shape("target", (1, 1), (9, 9), kind="line")]},
+    {"imageWidth": 18, "imageHeight": 26},  # the picture has 26 x 18 pixels
 ]
 
 
@@ -508,6 +617,66 @@ def test_a_bad_reasonseg_annotation_is_named(tmp_path):
         file.write_bytes(content)
         text = error_of(dataset.__getitem__, index, kind=BadSample)
         assert "nested_0004.json" in text, content[:40]
+    for key in ("text", "shapes"):
+        file.write_text(json.dumps({other: valid[other] for other in valid if other != key}))
+        assert f"has no '{key}'" in error_of(dataset.__getitem__, index, kind=BadSample)
+    file.write_text(json.dumps(valid | {"imageWidth": 26, "imageHeight": 18}), "utf-8-sig")
+    assert dataset[index].mask.any()
+
+
+OTHER_ENCODINGS = {
+    "gbk": ["红色的杯子", "the 杯子", "图中最左边的人是谁？"],
+    "big5": ["紅色的杯子"],
+    "shift_jis": ["赤いカップ", "これは何ですか"],
+    "euc_kr": ["빨간 컵", "왼쪽에 있는 사람"],
+    "cp1251": ["красная чашка"],
+    "koi8_r": ["красная чашка"],
+    "cp1253": ["το κόκκινο φλιτζάνι"],
+    "cp1255": ["הכוס האדומה"],
+    "cp1256": ["الكوب الأحمر"],
+    "cp874": ["ถ้วยสีแดง"],
+    "cp1250": ["po żółtej stronie", "miły"],
+    "mac_roman": ["the café", "the man’s hat"],
+    "cp437": ["the café", "Käse", "große Tür"],
+    "utf_16": ["the cup"],
+}
+WESTERN = [
+    "What at the café keeps the rain off… the man’s “red” hat — left",
+    "„Größe“ der Öl-Dose, weiß; l’école à côté de l’île, “à”, «été» créée",
+    "ação, avaliações, não é; ¿Qué compañía? Mª José; hæð þýðing því Þórð; jäätelö yöön",
+    "5×3 m², 20°C, ½ cup, £5 ±2 µm, n° 5, nº 7, §4, €3, Nescafé®, col·legi, GRÖSSE\nÉcole",
+]
+
+
+@pytest.mark.parametrize("encoding", OTHER_ENCODINGS)
+def test_another_encoding_is_refused_and_not_read_as_other_letters(encoding):
+    for text in OTHER_ENCODINGS[encoding]:
+        raw = json.dumps({"text": text}, ensure_ascii=False).encode(encoding)
+        with pytest.raises(ValueError):
+            json.loads(photos.decode_text(raw))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252"])
+def test_western_languages_are_read(encoding):
+    for text in WESTERN:
+        raw = json.dumps({"text": text}, ensure_ascii=False).encode(encoding)
+        assert json.loads(photos.decode_text(raw)) == {"text": text}
+
+
+def test_pictures_of_other_suffixes_are_found(tmp_path):
+    pytest.importorskip("cv2")
+    made = make_reasonseg(tmp_path, ("val",))
+    names = ["a.jpeg", "b.PNG", "c.JPG", "d.webp", "e.jpg", "e.png", "f.png", "f.jpeg", "g.png"]
+    for k, name in enumerate(names):
+        picture(26, 18 + k, 0).save(tmp_path / "val" / name)
+    valid = (tmp_path / "val" / "nested_0004.json").read_bytes()
+    for name in ("a.json", "b.json", "c.JSON", "d.json", "e.json", "f.json"):  # g.png is no sample
+        (tmp_path / "val" / name).write_bytes(valid)
+    dataset = ReasonSeg(tmp_path, "val")
+    found = {name: k for k, name in enumerate(dataset.names)}
+    assert found.keys() == {*"abcdef", *made.names}
+    assert [dataset[found[name]].image.height for name in "abcde"] == [18, 19, 20, 21, 22]
+    assert "f.jpeg and f.png" in error_of(dataset.__getitem__, found["f"], kind=BadSample)
 
 
 def test_a_missing_or_broken_reasonseg_file_is_named(tmp_path):
@@ -579,6 +748,52 @@ def test_a_picture_is_rotated_by_its_exif_data(tmp_path):
     turned(stored, tmp_path / "stored.png")
     shown = photos.read_picture(str(tmp_path / "stored.png"))
     assert shown.size == (2, 4) and shown.getpixel((0, 0)) == (255, 0, 0)
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / "stored.png", exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(tmp_path / "stored.png"))
+        shown = photos.read_picture(str(tmp_path / "stored.png"))
+        np.testing.assert_array_equal(shown, expected)
+
+
+def with_tag(*tag: int) -> bytes:
+    """A JPEG of 64 x 48 pixels to be rotated, with one more EXIF tag: id, type, count, value."""
+    tags = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", *tag)
+    block = b"Exif\0\0II*\0\x08\0\0\0\2\0" + tags + struct.pack("<IiI", 0, -1, 0)
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(buffer, "JPEG", exif=block)
+    return buffer.getvalue()
+
+
+# A fraction with denominator 0 as a signed one, a text as a number, numbers as a text.
+ODD_TAGS = [(0x011A, 10, 1, 38), (0x010E, 3, 2, 7), (0x011A, 2, 2, 7)]
+
+
+@pytest.mark.parametrize("tag", ODD_TAGS, ids=str)
+def test_of_the_exif_data_only_the_orientation_is_read(tmp_path, tag):
+    (tmp_path / "odd.jpg").write_bytes(with_tag(*tag))
+    assert photos.read_picture(str(tmp_path / "odd.jpg")).size == (48, 64)
+    assert photos.read_image(tmp_path / "odd.jpg", "").size == (48, 64)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_pictures_of_all_modes_with_8_bits_are_read(tmp_path, mode):
+    file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    picture(8, 6, 0, mode=mode).save(file)
+    file = file.rename(tmp_path / "other.jpg")  # the suffix does not count
+    expected = Image.open(file).convert("RGB")
+    for found in (photos.read_picture(str(file)), photos.read_image(file, "")):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "EPS", "PPM", "JPEG2000"])
+def test_other_formats_are_refused(tmp_path, kind):
+    """Pillow would start Ghostscript for EPS."""
+    if kind == "JPEG2000" and not features.check("jpg_2000"):
+        pytest.skip("this Pillow has no JPEG 2000")
+    picture(8, 6, 0).save(tmp_path / "a.jpg", kind)
+    assert "cannot identify" in error_of(photos.read_picture, str(tmp_path / "a.jpg"))
 
 
 def test_an_image_with_too_many_pixels_or_too_thin_is_one_line(tmp_path, monkeypatch):
@@ -590,6 +805,7 @@ def test_an_image_with_too_many_pixels_or_too_thin_is_one_line(tmp_path, monkeyp
     (tmp_path / "no.png").write_bytes(b"no picture")
     for name, word in (("deep.png", "8 bits"), ("no.png", "cannot identify")):
         assert word in error_of(photos.read_picture, str(tmp_path / name))
+        assert word in error_of(photos.read_image, tmp_path / name, "the command")
     for name, word in (("thin.png", "201 x 1"), ("large.png", "DecompressionBomb")):
         if name == "large.png":
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)

@@ -178,6 +178,14 @@ def test_a_found_mask_is_drawn_with_any_text(samples, rolled):
     assert (pixels_of(figure) == (255, 0, 255)).all(2).any()
 
 
+def test_the_figure_of_a_tall_picture_is_bounded():
+    """Otherwise it has 840 x 168,144 pixels here, and drawing it takes 12 GiB."""
+    mask = np.ones((2000, 10), bool)
+    figure = pictures.found(Image.new("RGB", (10, 2000)), "it", mask, SamPrompt(None, ()), "")
+    width, height = figure.get_size_inches()
+    assert width == 7 and height <= 30
+
+
 # --------------------------------------------------------------------------------------------------
 # The record of rollouts
 # --------------------------------------------------------------------------------------------------

@@ -198,7 +198,9 @@ def fetch_sam(model: str, folder: Path) -> None:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != SAM_SHA256[model]:
-            raise UserError(f"{path} is not the official file (SHA-256): delete it, then {AGAIN}")
+            raise UserError(
+                f"{path} is not the official file (SHA-256): move it away, then {AGAIN}"
+            )
 
     if file.is_file():
         check(file)
