@@ -19,6 +19,9 @@ weights on eight GPUs; SAM 1 by default in place of SAM 2; and what the paper le
 marked *assumed*. The settings `s` are explained in plumbing/settings.py.
 """
 
+import plumbing.interrupts  # noqa: F401  first: Ctrl-C during the slow imports is one line
+
+# isort: split
 import json
 import math
 import re
@@ -35,7 +38,7 @@ from grpo import Completions, group_advantages, group_logprobs, grpo_loss, rollo
 from plumbing import photos, pictures, protocols, rewards, runs, scenes
 from plumbing.decoding import StaticDecoder
 from plumbing.devices import clipped_step
-from plumbing.errors import UserError, exit_with_one_line
+from plumbing.errors import UserError, continued_by, exit_with_one_line
 from plumbing.prompts import points_asked
 from plumbing.sam import load_sam
 from plumbing.settings import Settings, parse_settings, rollout_prompts
@@ -135,16 +138,16 @@ def train(s: Settings) -> None:
     policy = load_policy(s)
     scorer = load_scorer(s, policy.device)
     policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
-    weights = [p for p in policy.model.parameters() if p.requires_grad]
+    model = policy.model
+    scaler = policy.scaler  # for float16
+    weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
     out = runs.open_run(s, f"runs/{run_name(s)}-{s.seed}")
     first = 0
     results = {}
     if s.resume:
-        first, results = runs.load_checkpoint(
-            out, policy.model, optimizer, generator, policy.scaler
-        )
+        first, results = runs.load_checkpoint(out, model, optimizer, generator, scaler)
     metrics = runs.start_metrics(out, s, first)
     if not results:  # a resumed run has its first evaluation already
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
@@ -154,8 +157,7 @@ def train(s: Settings) -> None:
     bar = tqdm(range(first, s.steps), desc="train", unit="step", initial=first, total=s.steps)
     for step in bar:
         timer = runs.PhaseTimer(policy.device)
-        last = step + 1 == s.steps
-        log_this_step = (step + 1) % s.save_every == 0 or step == 0 or last
+        log_this_step = (step + 1) % s.save_every == 0 or step + 1 in (1, s.steps)
         lr = set_learning_rate(optimizer, s, step)
 
         # 1. Rollout: G completions for each of B prompts.
@@ -192,7 +194,7 @@ def train(s: Settings) -> None:
         row = {"step": step + 1} | runs.describe(scores, completions, policy.end)
         row |= {"skipped": skipped} | statistics | {"lr": lr} | timer.row(completions)
         metrics.append(row)
-        runs.append_line(out / "metrics.jsonl", row)
+        runs.append_lines(out / "metrics.jsonl", [row])
         bar.set_postfix({name: f"{row[name]:.2f}" for name in ("reward", "iou", "kl")})
         if log_this_step:
             logged = pictures.record_rollouts(
@@ -200,18 +202,15 @@ def train(s: Settings) -> None:
             )
             log_samples(out, step + 1, policy, scorer, heldout, s, logged, metrics)
         if log_this_step or stop.number:
-            runs.save_checkpoint(
-                out, step + 1, s, policy.model, optimizer, generator, results, policy.scaler
-            )
-        if stop.number and not last:
+            runs.save_checkpoint(out, step + 1, s, model, optimizer, generator, results, scaler)
+        if stop.number:
             bar.close()
             stop.exit(out, step + 1)
 
-    rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
+    with stop.ended(out):  # every step is saved: now a signal need not wait
+        rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
-    runs.save_checkpoint(
-        out, s.steps, s, policy.model, optimizer, generator, results, policy.scaler
-    )
+    runs.save_checkpoint(out, s.steps, s, model, optimizer, generator, results, scaler)
     runs.print_table(results, metrics, out)
 
 
@@ -372,9 +371,11 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
 
 
 def evaluate(policy, scorer, dataset, s, count: int, title: str, rows=(), log=None) -> list[dict]:
-    """`evaluate_batch` on the first `count` samples. `rows` are done already; new ones go to `log`.
+    """`evaluate_batch` on the first `count` samples. `rows` are done already; new ones go to the
+    file `log`.
 
-    A sample that cannot be used gets a row that says why. It counts in no metric.
+    A sample that cannot be used gets a row that says why. It counts in no metric. Raises UserError
+    if there is no other.
     """
     policy.model.eval()
     rows = list(rows)
@@ -394,8 +395,9 @@ def evaluate(policy, scorer, dataset, s, count: int, title: str, rows=(), log=No
         new = [found[index] for index in range(batch.start, batch.stop)]
         rows += new
         if log:
-            log.write("".join(json.dumps(row) + "\n" for row in new))
-            log.flush()
+            runs.append_lines(log, new)
+    if all("skipped" in row for row in rows):
+        raise UserError(f"--data {s.data}: none of {len(rows)} samples can be used: mend the files")
     return rows
 
 
@@ -439,14 +441,14 @@ def evaluate_adapter(s) -> None:
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
     count = s.limit or (256 if s.data == "shapes" else len(heldout))
-    done = runs.start_answers(out, s)
-    with open(out / "answers.jsonl", "a") as log:
+    done = runs.start_answers(out, s, count)
+    with continued_by(runs.resume_command("eval", out)):
+        log = out / "answers.jsonl"
         rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)
     results = protocols.metrics(rows, compute_metrics, trained, s)
     runs.write_text(out / "eval.json", json.dumps(results, indent=2))
-    if results[trained]["n"]:
-        figure = pictures.evaluation_sheet(rows, scorer, heldout, SamPrompt)
-        runs.save_figure(figure, out / "sheet.png")
+    figure = pictures.evaluation_sheet(rows, scorer, heldout, SamPrompt)
+    runs.save_figure(figure, out / "sheet.png")
     runs.print_table(results, [], out)
     protocols.print_protocols(results[trained], rows, s)
 
@@ -458,6 +460,8 @@ def segment(s) -> None:
     out = Path(s.out).expanduser()
     if out.is_dir() or out.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"--out {out}: name a picture, such as found.png (or .jpg, .pdf, .svg)")
+    if out.exists() and out.samefile(Path(s.image).expanduser()):
+        raise UserError(f"--out {out}: this is the --image itself: name another picture to write")
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)
     one = Sample(image, query, np.zeros((image.height, image.width), bool), None, s.image)

@@ -27,6 +27,7 @@ DeepSpeed, vLLM, several machines.
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -37,7 +38,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import samr1_mini
 from data import Sample, messages
@@ -156,7 +156,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if state.is_world_process_zero and "reward" in logs:
             row = {ours: logs[name] for name, ours in METRICS.items() if name in logs}
-            runs.append_line(self.file, {"step": state.global_step // self.updates} | row)
+            runs.append_lines(self.file, [{"step": state.global_step // self.updates} | row])
 
 
 def trl_arguments(s: Settings, policy: Policy, processes: int) -> dict:
@@ -217,15 +217,26 @@ def open_run(s: Settings, process: PartialState) -> tuple[Path, str | None, int]
     if process.is_main_process:
         out = [runs.open_run(s, f"runs/trl-{samr1_mini.run_name(s)}-{s.seed}")]
     (out,) = broadcast_object_list(out)
-    folder = out / "checkpoint"
-    checkpoint = get_last_checkpoint(folder) if s.resume and folder.is_dir() else None
-    if s.resume and checkpoint is None:
+    # TRL writes this file last. Without it, a kill or a full disk has cut the checkpoint short.
+    complete = (out / "checkpoint").glob("checkpoint-*/trainer_state.json") if s.resume else ()
+    by_updates = {int(file.parent.name.rpartition("-")[2]): str(file.parent) for file in complete}
+    if s.resume and not by_updates:
         raise UserError(f"--resume: {out} has no checkpoint yet: start another run")
-    updates = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    updates = max(by_updates, default=0)
+    checkpoint = by_updates.get(updates)
     steps = updates // (s.epochs * s.minibatches)
     if process.is_main_process:
         runs.start_metrics(out, s, steps)
     return out, checkpoint, steps
+
+
+def copy_adapter(checkpoint: Path, folder: Path) -> None:
+    """Write the adapter of a finished run, in case it was interrupted after its last checkpoint."""
+    with runs.writing(folder):
+        folder.mkdir(exist_ok=True)
+        for file in checkpoint.glob("adapter_*"):
+            shutil.copy(file, folder)
+        runs.share_weights(folder)
 
 
 def check_checkpoint(folder: Path, model: torch.nn.Module) -> None:
@@ -254,6 +265,8 @@ def train(s: Settings) -> Path:
     arguments = trl_arguments(s, policy, process.num_processes)
     out, checkpoint, done = open_run(s, process)
     if checkpoint and done >= s.steps:  # TRL would train on
+        if process.is_main_process:
+            copy_adapter(Path(checkpoint), out / "adapter")
         return out
     samples = Samples(dataset, policy, keep=2 * s.prompts_per_step)  # accelerate reads ahead
     trainer = GRPOTrainer(
@@ -273,9 +286,12 @@ def train(s: Settings) -> Path:
     trainer.data_collator = samples.rows  # TRL's own returns the rows of the data set as they are
     if checkpoint:  # TRL would go on from an untrained adapter if the keys had other names
         check_checkpoint(Path(checkpoint), trainer.model)
-    if s.steps:  # for zero steps TRL would train for epochs
-        trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(out / "adapter"))
+    with runs.writing(out):
+        if s.steps:  # for zero steps TRL would train for epochs
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(out / "adapter"))
+        if process.is_main_process:
+            runs.share_weights(out / "adapter")
     return out
 
 

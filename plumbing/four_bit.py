@@ -14,10 +14,7 @@ def four_bit(tiny: bool, dtype: torch.dtype, device: torch.device) -> dict:
     dtype is that of the arithmetic: each weight matrix is converted to it where it is used. Vision
     tower, embeddings and lm_head keep 16 bits. Raises UserError if that is impossible here.
     """
-    if tiny:
-        raise UserError(
-            "--dtype 4bit: the tiny model's widths cannot be divided by 64: leave it out"
-        )
+    check_widths(tiny)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--dtype 4bit: this needs one more package: pip install bitsandbytes")
     config = BitsAndBytesConfig(
@@ -28,6 +25,13 @@ def four_bit(tiny: bool, dtype: torch.dtype, device: torch.device) -> dict:
         llm_int8_skip_modules=["model.visual", "lm_head"],  # in spite of its name for 4 bit too
     )
     return dict(quantization_config=config, device_map={"": device})
+
+
+def check_widths(tiny: bool) -> None:
+    if tiny:
+        raise UserError(
+            "--dtype 4bit: the tiny model's widths cannot be divided by 64: leave it out"
+        )
 
 
 def keep_gradients(model: torch.nn.Module) -> None:

@@ -9,9 +9,12 @@ import base64
 import io
 import re
 import textwrap
+import unicodedata
+from functools import cache
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
@@ -20,6 +23,12 @@ from PIL import Image
 TRUTH, FOUND = "lime", "magenta"  # colours of outlines; the drawn scenes use neither
 EDGE = [withStroke(linewidth=3, foreground="black")]  # lines stay visible on any background
 TEXT = 9  # points; smaller text cannot be read on a screen
+LATIN = "DejaVu Sans"  # comes with matplotlib
+# Names of fonts with other scripts, such as Chinese, as systems have them.
+SCRIPTS = re.compile(
+    "CJK|Noto Sans|Source Han|WenQuanYi|Fallback|Sim(Hei|Sun)|YaHei|PingFang|Hiragino|Heiti|Gothic|"
+    "Malgun|Nanum|Arial Unicode|Unifont"
+)
 LINES = 10  # of a completion below its picture; the report page shows all of them
 WINDOW = 15  # steps; the longest running mean
 PANELS = {  # of `curves`: title and metrics
@@ -109,23 +118,59 @@ def wrap(text: str, width: int, lines: int = LINES) -> str:
     """
     text = re.sub(r"([,:])(?=\S)", r"\1 ", printable(text))
     thought, tag, answer = text.partition("<answer>")
-    options = dict(width=width, max_lines=lines // 2, break_on_hyphens=False)
+    options = dict(width=line_length(text, width), max_lines=lines // 2, break_on_hyphens=False)
     rows = textwrap.wrap(thought, **options) + textwrap.wrap(tag + answer, **options)
     return "\n".join(rows)
 
 
 def printable(text: str) -> str:
-    """The text with a space for each character that has no glyph, such as a line break."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    """The text with a space for each character that has no glyph, such as a line break, and "?" for
+    each that no installed font has.
+    """
+    spaced = (c if c.isprintable() else " " for c in text)
+    return "".join(c if font_of(c) else "?" for c in spaced)
 
 
-def write_title(axes, text: str) -> None:
-    axes.set_title(printable(text), fontsize=TEXT, parse_math=False)  # a "$" is a dollar sign
+def printable_query(query: str, characters: int, width: int) -> str:
+    """The first characters of a query in lines of this width, or a note if no font has it."""
+    if not all(font_of(c) for c in query if c.isprintable()):
+        query = "(query in characters that no installed font has)"
+    return textwrap.fill(printable(query)[:characters], line_length(query, width))
+
+
+def line_length(text: str, width: int) -> int:
+    """How many characters of a text fill `width` columns. Chinese ones are two columns wide."""
+    return width // 2 if any(unicodedata.east_asian_width(c) in "WF" for c in text) else width
+
+
+@cache
+def font_of(character: str) -> str | None:
+    """The family of an installed font that has a character.
+
+    matplotlib itself would draw a box: it looks at no other font than those it is given.
+    """
+    others = sorted({font.name for font in fontManager.ttflist if SCRIPTS.search(font.name)})
+    for family in (LATIN, *others):
+        font = get_font(findfont(FontProperties(family=family)))
+        if font.get_char_index(ord(character)):
+            return family
+    return None
+
+
+def fonts(text: str, first: str = LATIN) -> list[str]:
+    """The families that a text needs, in the order in which matplotlib looks for a character."""
+    return list(dict.fromkeys([first, *filter(None, map(font_of, text.replace("\n", "")))]))
+
+
+def write_title(axes, text: str, size: float = TEXT) -> None:
+    axes.set_title(text, fontsize=size, family=fonts(text), parse_math=False)  # "$" is a dollar
 
 
 def write_below(axes, text: str, completion: bool = False) -> None:
     """Text below a picture, with the line breaks that it has."""
-    style = dict(family="monospace", multialignment="left") if completion else {}
+    style = dict(family=fonts(text))
+    if completion:
+        style = dict(family=fonts(text, "DejaVu Sans Mono"), multialignment="left")
     axes.set_xlabel(text, fontsize=TEXT, parse_math=False, **style)
 
 
@@ -165,7 +210,7 @@ def groups(batch: list, texts: list[list[str]], scores, columns: int = 4) -> Fig
         cells = group[:, 1:].ravel()
         draw_mask(group[0, 0], one.image, one.mask, TRUTH)
         write_title(group[0, 0], "true mask")
-        write_below(group[0, 0], textwrap.fill(printable(one.query)[:160], 34))
+        write_below(group[0, 0], printable_query(one.query, 160, 34))
         for g, axes in enumerate(cells[:G]):
             mask = scores.overlap.masks[b][g].cpu().numpy()
             draw_answer(axes, one.image, mask, scores.prompts[b][g])
@@ -188,7 +233,7 @@ def sheet(rows: dict[str, list[tuple]]) -> Figure:
         for axes, (one, prompt, mask, iou) in zip(line, answers, strict=False):
             draw_answer(axes, one.image, mask, prompt, one.mask)
             write_title(axes, f"{title}: IoU {iou:.2f}")
-            write_below(axes, textwrap.fill(printable(one.query)[:160], 38))
+            write_below(axes, printable_query(one.query, 160, 38))
     draw_legend(figure)
     return figure
 
@@ -225,8 +270,8 @@ def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
     draw_answer(axes, image, mask, prompt)
-    axes.set_title(textwrap.fill(printable(query)[:240], 60), parse_math=False)
-    write_below(axes, textwrap.fill(printable(said)[:800], 90))
+    write_title(axes, printable_query(query, 240, 60), size=12)
+    write_below(axes, textwrap.fill(printable(said)[:800], line_length(said, 90)))
     return figure
 
 

@@ -7,6 +7,9 @@ in the folder can be read.
 import contextlib
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,11 +21,12 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
 from plumbing import weights
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, continued_by, reason_of
 
 try:
     import resource  # peak memory of the process
@@ -30,6 +34,7 @@ except ImportError:  # Windows has no such module
     resource = None
 
 LOCK = ".lock"  # a file in the folder of a run, locked by the process that writes to it
+TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")  # in its errors on a full disk
 _locks = []  # those that this process holds until it ends
 
 
@@ -43,7 +48,11 @@ def writing(path: Path):
     """Turn an error of the disk into a UserError that says how to continue."""
     try:
         yield
-    except OSError as error:
+    except BrokenPipeError:  # of the terminal
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
+            raise
         reason = f"cannot be written ({reason_of(error)})"
         raise UserError(
             f"{path} {reason}: make room; a checkpoint goes on with --resume"
@@ -53,7 +62,7 @@ def writing(path: Path):
 @contextlib.contextmanager
 def whole_file(path: Path):
     """Write a file completely or not at all: under a temporary name, which is then renamed."""
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # no one's file has this name
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -73,9 +82,16 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary)
 
 
-def append_line(file: Path, row: dict) -> None:
+def append_lines(file: Path, rows: list[dict]) -> None:
     with writing(file), open(file, "a") as log:
-        log.write(json.dumps(row) + "\n")
+        log.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def share_weights(folder: Path) -> None:
+    """safetensors writes files that only their owner may read: they get the mode of config.json."""
+    config = next(folder.glob("*config.json"))
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(config, file)
 
 
 def open_run(s, name: str) -> Path:
@@ -109,17 +125,24 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     """Write config.json, and crop metrics.jsonl to the first `steps` lines, which are returned.
 
     Steps after the checkpoint that a run continues from are repeated. Without the file, the log
-    begins with the next step.
+    begins with the next step. Raises UserError if the run has gone further than `settings` ask.
     """
+    if steps > settings.steps:
+        raise UserError(f"--steps {settings.steps}: {out} has done {steps} already: name as many")
     rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
     return rows
 
 
-def start_answers(out: Path, settings) -> list[dict]:
-    """Write config.json, and return the answers that an interrupted evaluation has written."""
+def start_answers(out: Path, settings, count: int) -> list[dict]:
+    """Write config.json, and return the answers that an interrupted evaluation has written.
+
+    Raises UserError if they are more than the `count` that `settings` ask for.
+    """
     keys = {"boxonly_iou", "skipped"}
     rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
+    if len(rows) > count:
+        raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
     start_log(out, settings, "answers.jsonl", rows)
     return rows
 
@@ -174,14 +197,12 @@ def save_checkpoint(
         "results": results,
     }
     with whole_file(out / "checkpoint" / "state.pt") as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # torch's way to say that the disk is full
-            raise OSError(str(error)) from error
+        torch.save(state, temporary)
     with writing(out), tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)  # several files
         (Path(folder) / "README.md").write_text(model_card(s, step, results))
         (out / "adapter").mkdir(exist_ok=True)
+        share_weights(Path(folder))
         for file in sorted(Path(folder).iterdir()):
             os.replace(file, out / "adapter" / file.name)
     write_text(out / "eval.json", json.dumps(results, indent=2))
@@ -297,7 +318,7 @@ def load_samples(dataset, chosen: list[int]) -> tuple[list[Sample], int]:
 class StopSignal:
     """Notes Ctrl-C and SIGTERM, so that the current step can be finished and saved.
 
-    The second signal ends the run at once.
+    The second signal ends the run at once. So does the first one in `ended`.
     """
 
     def __init__(self):
@@ -311,12 +332,23 @@ class StopSignal:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
+    @contextlib.contextmanager
+    def ended(self, out: Path):
+        """No step is left to be finished: Ctrl-C and SIGTERM act at once, as they did before."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with continued_by(resume_command("train", out)):
+            yield
+
     def exit(self, out: Path, step: int) -> None:
-        print(
-            f"stopped after step {step}, everything is saved; continue with: "
-            f"python samr1_mini.py train --resume --out {out}"
-        )
+        command = resume_command("train", out)
+        print(f"stopped after step {step}, everything is saved; continue with: {command}")
         raise SystemExit(128 + self.number)
+
+
+def resume_command(command: str, out: Path) -> str:
+    """What a user types to continue the run in a folder."""
+    return f"python samr1_mini.py {command} --resume --out {shlex.quote(str(out))}"
 
 
 class PhaseTimer:

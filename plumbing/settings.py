@@ -193,8 +193,13 @@ BOUNDS = {
 }
 
 CLASSES = {"train": Settings, "eval": EvalSettings, "segment": SegmentSettings}
-# --resume may change how far a run goes, where things are, and how they are computed.
-MAY_CHANGE = {*"steps vlm sam data device dtype out resume save_memory save_every limit".split()}
+# --resume may change how far a run goes, where things are, and how they are computed. All answers
+# of an evaluation go into one table, so there even the path of a set or a model stays.
+MAY_CHANGE = {
+    Settings: {*"steps vlm sam data device dtype out resume save_memory save_every".split()},
+    EvalSettings: {*"limit device out resume save_memory".split()},
+}
+MAY_MOVE = {"sam", "data"}  # to another path: another size or set would need another evaluation
 
 
 def rollout_prompts(s) -> int:
@@ -233,12 +238,20 @@ def parse(cls: type, argv: list[str], program: str):
     filled = parser()
     filled.set_defaults(**(values | saved))
     settings = cls(**vars(filled.parse_args(argv)))
-    changed = [k for k in saved if k not in MAY_CHANGE and getattr(settings, k) != saved[k]]
+    now = vars(settings)
+    changed = [name for name in saved if kept(cls, name, now[name]) != kept(cls, name, saved[name])]
     if changed:
         flags = ", ".join(f"--{name}" for name in changed)
         raise UserError(f"--resume continues with the run's own {flags}: leave out what differs")
     check(settings)
     return settings
+
+
+def kept(cls: type, name: str, value):
+    """What --resume keeps of a setting: all, nothing, or what stands before the colon."""
+    if name not in MAY_CHANGE[cls]:
+        return value
+    return str(value).partition(":")[0] if name in MAY_MOVE else None
 
 
 def read_config(out: str, names: set[str]) -> dict:

@@ -12,8 +12,9 @@ def load_data(spec: str, split: str, samples: int = 3000):
 
     spec:    "shapes", or NAME:ROOT or NAME:ROOT/SPLIT, where NAME is a key of `SPLITS`, or
              hub:NAME[@ROOT], see plumbing/hub.py.
-    split:   "train" opens SPLIT, or train if SPLIT is absent. "heldout" (for evaluation) opens
-             SPLIT, or val if SPLIT is train or absent.
+    split:   "train" opens train, and refuses any other SPLIT: the evaluation after training would
+             be of the same samples. "heldout" (for evaluation) opens SPLIT, or val if SPLIT is
+             train or absent.
     samples: number of RefCOCO expressions to train on (paper: 3,000). Evaluation uses all.
 
     Returns a data set with len() and [index], which returns a `data.Sample` or raises
@@ -47,6 +48,8 @@ def open_folder(spec: str, split: str, samples: int) -> RefCOCO | ReasonSeg:
         root = root.parent
     if part not in SPLITS[name]:
         raise UserError(f"{name} has no split {part}: use {', '.join(SPLITS[name])}")
+    if split == "train" and part != "train":
+        raise UserError(f"split {part} is for evaluation only: train on {name}:{root}")
     if split == "heldout" and part == "train":
         part = "val"
     if name == "reasonseg":

@@ -4,8 +4,11 @@ Real formats: RefCOCOg, ReasonSeg, a policy in a local folder, a SAM checkpoint 
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +133,16 @@ def test_an_interrupted_eval_continues(evaluated, tmp_path, monkeypatch):
     assert (cut / "eval.json").read_text() == (evaluated / "eval.json").read_text()
 
 
+def test_an_evaluation_without_a_usable_sample_is_refused(refcocog, tmp_path):
+    root = Path(shutil.copytree(refcocog, tmp_path / "damaged"))
+    for file in root.rglob("*.jpg"):
+        file.write_bytes(b"no picture")
+    out = tmp_path / "eval"
+    message = refused("eval --data", f"refcocog:{root}/test", "--out", out)
+    assert f"refcocog:{root}/test: none of " in message
+    assert "skipped" in first_answer(out) and not (out / "eval.json").exists()
+
+
 def test_a_skipped_sample_keeps_its_place_and_counts_in_no_metric(scorer):
     class Broken(Shapes):
         def __getitem__(self, index):
@@ -239,6 +252,21 @@ def test_segment_answers_as_eval_does_and_rotates_as_exif_says(evaluated, tmp_pa
         assert Image.open(tmp_path / "out.png").width > 300
 
 
+@pytest.mark.parametrize("way", ["itself", "symbolic link", "hard link", "home"])
+def test_segment_never_overwrites_its_picture(way, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image = tmp_path / "scene.png"
+    Shapes("heldout")[0].image.save(image)
+    before = image.read_bytes()
+    out = {"itself": image, "home": "~/scene.png"}.get(way, tmp_path / "link.png")
+    if way == "symbolic link":
+        out.symlink_to(image)
+    elif way == "hard link":
+        out.hardlink_to(image)
+    assert "--image itself" in refused("segment --query star --image", image, "--out", out)
+    assert image.read_bytes() == before
+
+
 # --------------------------------------------------------------------------------------------------
 # Folders and --resume
 # --------------------------------------------------------------------------------------------------
@@ -253,6 +281,44 @@ def test_a_folder_with_files_is_never_written_to(policy_folder, trained, evaluat
     assert str(evaluated) in refused("train --resume --out", evaluated)
     assert str(trained) in refused("eval --resume --out", trained)
     assert [contents(folder) for folder in (policy_folder, trained, evaluated)] == before
+
+
+def test_all_files_of_an_adapter_have_one_mode(trained):
+    assert len({file.stat().st_mode for file in (trained / "adapter").iterdir()}) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Ctrl-C and closed pipes
+# --------------------------------------------------------------------------------------------------
+
+PROGRAMS = "tools.report tools.merge tools.memory tools.demo tools.fetch tools.figures"
+PROGRAMS += " assignment.grade tiny.make_tiny examples.trl_grpo benchmarks.gpu_24gb"
+
+
+def start(*command: object, **options) -> subprocess.CompletedProcess:
+    typed = [sys.executable, *map(str, command)]
+    return subprocess.run(typed, cwd=ROOT, text=True, capture_output=True, timeout=300, **options)
+
+
+@pytest.mark.parametrize("program", ["samr1_mini.py", *PROGRAMS.split()])
+def test_ctrl_c_while_a_program_imports_is_one_line(program, tmp_path):
+    for slow in ("numpy", "torch", "transformers", "matplotlib", "argparse"):
+        (tmp_path / f"{slow}.py").write_text("raise KeyboardInterrupt")
+    command = [program] if program.endswith(".py") else ["-m", program]
+    done = start(*command, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    name = f"{program.removesuffix('.py').rpartition('.')[2]}.py"
+    assert (done.returncode, done.stderr) == (130, f"{name}: interrupted\n")
+
+
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]])
+def test_a_closed_pipe_ends_a_program_without_a_word(unbuffered):
+    """As in `... | head -1`. With a buffer, the pipe is met when the program ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *unbuffered, "samr1_mini.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=300)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # --------------------------------------------------------------------------------------------------

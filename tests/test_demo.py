@@ -96,6 +96,12 @@ def test_texts_that_no_policy_should_read_are_refused(asker, query, thought):
         demo.answer(asker, True, demo.drawn_scene(2), query, thought)
 
 
+def test_no_thought_is_an_empty_thought(asker):
+    scene = demo.drawn_scene(2)
+    shown = [demo.answer(asker, True, scene, scene.query, thought) for thought in (None, "")]
+    assert shown[0][:2] == shown[1][:2]
+
+
 @pytest.mark.parametrize("number", [-1, 100_000, None])
 def test_scenes_that_do_not_exist_are_refused(number):
     with pytest.raises(UserError, match="from 0 to 99999"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,8 +225,14 @@ def test_an_interrupted_run_continues_and_a_finished_one_does_not(tmp_path, monk
     assert all(torch.equal(weight, adapter(parts)[name]) for name, weight in adapter(whole).items())
 
     monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: pytest.fail("it trains"))
+    # Interrupted after the last checkpoint; and one that was cut short later.
+    shutil.rmtree(parts / "adapter")
+    (parts / "checkpoint" / "checkpoint-99").mkdir()
     trl_grpo.main(f"--resume --out {parts}".split())  # nothing is left to train
+    with pytest.raises(UserError, match="--steps 1: .* has done 2"):
+        trl_grpo.main(f"--resume --steps 1 --out {parts}".split())
     assert metrics(parts) == metrics(whole)
+    assert len({file.stat().st_mode for file in (parts / "adapter").iterdir()}) == 1
     assert all(torch.equal(weight, adapter(parts)[name]) for name, weight in adapter(whole).items())
 
 

@@ -12,7 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models
@@ -176,6 +179,51 @@ def test_a_found_mask_is_drawn_with_any_text(samples, rolled):
     figure = pictures.found(samples[0].image, "is it $5 or $6?", mask, prompt, "$x_")
     assert figure.axes[0].get_title() == "is it $5 or $6?"
     assert (pixels_of(figure) == (255, 0, 255)).all(2).any()
+
+
+def write_font(file: Path, characters: str, family: str) -> None:
+    """A font in which each of these characters is a triangle."""
+    names = {ord(c): f"u{ord(c):04X}" for c in characters}
+    pen = TTGlyphPen(None)
+    pen.moveTo((50, 0))
+    pen.lineTo((450, 700))
+    pen.lineTo((850, 0))
+    pen.closePath()
+    glyphs = [".notdef", *names.values()]
+    font = FontBuilder(1000)
+    font.setupGlyphOrder(glyphs)
+    font.setupCharacterMap(names)
+    font.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 50)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(file)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_other_scripts_have_their_font_or_a_note(installed, samples, rolled, tmp_path, monkeypatch):
+    """matplotlib warns about a box in place of a character, and a warning fails this test."""
+    font = tmp_path / "font.ttf"
+    write_font(font, "红色的圆形", "WenQuanYi Zen Hei" if installed else "Unknown")
+    plain = [one for one in fontManager.ttflist if not pictures.SCRIPTS.search(one.name)]
+    monkeypatch.setattr(fontManager, "ttflist", plain)
+    fontManager.addfont(font)
+    pictures.font_of.cache_clear()
+    mask = rolled.scores.overlap.masks[0][0].numpy()
+    figure = pictures.found(
+        samples[0].image, "红色的圆形 A", mask, rolled.scores.prompts[0][0], "红 B"
+    )
+    pixels_of(figure)
+    title, below = figure.axes[0].title, figure.axes[0].xaxis.label
+    pictures.font_of.cache_clear()
+    if installed:
+        assert (title.get_text(), below.get_text()) == ("红色的圆形 A", "红 B")
+        assert title.get_fontfamily() == ["DejaVu Sans", "WenQuanYi Zen Hei"]
+    else:
+        assert title.get_text() == "(query in characters that no installed font has)"
+        assert below.get_text() == "? B"
 
 
 def test_the_figure_of_a_tall_picture_is_bounded():

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from data import BadSample, Shapes
 from grpo import Completions
 from plumbing import runs, settings
-from plumbing.errors import UserError, exit_with_one_line
+from plumbing.errors import UserError, continued_by, exit_with_one_line
 from plumbing.settings import parse_settings
 
 
@@ -60,6 +61,27 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
     assert file.read_text() == "old"
 
 
+def test_a_users_file_never_has_the_temporary_name(tmp_path):
+    (tmp_path / "found.tmp.png").write_text("a photograph")
+    runs.write_text(tmp_path / "found.png", "a figure")
+    assert (tmp_path / "found.tmp.png").read_text() == "a photograph"
+
+
+def test_a_closed_terminal_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(BrokenPipeError), runs.writing(tmp_path):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error"), RuntimeError("[enforce fail at inline_container.cc]")]
+)
+def test_a_full_disk_is_one_line_in_any_librarys_words(error, tmp_path):
+    with pytest.raises(UserError, match="cannot be written"), runs.writing(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), runs.writing(tmp_path):
+        raise RuntimeError("a bug")
+
+
 def test_without_out_a_run_takes_the_next_free_name(tmp_path):
     names = [open_run(name=tmp_path / "runs" / "shapes").name for _ in range(3)]
     assert names == ["shapes", "shapes-2", "shapes-3"]
@@ -101,6 +123,20 @@ def test_the_metrics_are_cropped_to_the_checkpoint(tmp_path):
     assert runs.start_metrics(tmp_path, s, 0) == []
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["lr"] == 0.5 and config["out"] == str(tmp_path) and not config["resume"]
+
+
+def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
+    """Else the weights of step 3 would be called those of step 2, or 4 answers those of 1."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    with pytest.raises(UserError, match="--steps 2: .*3"):
+        runs.start_metrics(tmp_path, parse_settings("train", ["--steps", "2"]), 3)
+    (tmp_path / "answers.jsonl").write_text('{"skipped": "no file"}\n' * 4)
+    s = SimpleNamespace(resume=True)
+    with pytest.raises(UserError, match="--limit 1: .*4 answers"):
+        runs.start_answers(tmp_path, s, count=1)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("line", ["{]", "null", '{"other": 1}'])
@@ -166,6 +202,31 @@ def test_resume_takes_the_settings_of_the_run(tmp_path):
         parse_settings("train", [*flags, "--seed", "4"])
 
 
+@pytest.mark.parametrize(
+    "command, name, other",
+    [
+        ("eval", "data", "refcocog:b"),
+        ("eval", "vlm", "other"),
+        ("eval", "sam", "vit_b:b.pth"),
+        ("eval", "adapter", "b"),
+        ("eval", "protocol", "segzero"),
+        ("eval", "side", "128"),
+        ("train", "data", "reasonseg:a"),
+        ("train", "sam", "vit_l:a.pth"),
+    ],
+)
+def test_one_table_is_of_one_set_and_one_model(command, name, other, tmp_path):
+    cls = settings.CLASSES[command]
+    own = dict(data="refcocog:a", sam="vit_b:a.pth", out=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(cls(**own))))
+    flags = ["--resume", "--out", str(tmp_path), "--device", "cpu", "--save_memory", "1"]
+    assert parse_settings(command, flags).data == "refcocog:a"
+    with pytest.raises(UserError, match=f"own --{name}:"):
+        parse_settings(command, [*flags, f"--{name}", other])
+    if command == "train":  # its files may lie in another place now
+        parse_settings(command, [*flags, "--data", "refcocog:b", "--sam", "vit_b:b.pth"])
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"colour": "red"}'])
 def test_a_run_that_cannot_be_resumed_is_named(text, tmp_path):
     if text is not None:
@@ -179,9 +240,11 @@ def test_a_user_error_is_one_line_and_a_bug_keeps_its_traceback(capsys):
         raise UserError("--data FOLDER: two\nlines")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "samr1_mini.py: --data FOLDER: two lines\n"
-    with pytest.raises(SystemExit) as stopped, exit_with_one_line():
+    with pytest.raises(SystemExit) as stopped, exit_with_one_line(), continued_by("eval --resume"):
         raise KeyboardInterrupt
     assert stopped.value.code == 130
+    line = "samr1_mini.py: interrupted; continue with: eval --resume\n"
+    assert capsys.readouterr().err == line
     with pytest.raises(ValueError), exit_with_one_line():
         raise ValueError("a bug")
 
@@ -230,6 +293,14 @@ def test_the_second_signal_ends_the_run_at_once(tmp_path, capsys):
         stop.exit(tmp_path, 3)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert f"train --resume --out {tmp_path}" in capsys.readouterr().out
+
+
+def test_after_the_last_step_a_signal_acts_at_once(tmp_path):
+    stop = runs.StopSignal()
+    message = f"train --resume --out {tmp_path}"
+    with pytest.raises(KeyboardInterrupt, match=message), stop.ended(tmp_path):
+        signal.raise_signal(signal.SIGINT)
+    assert not stop.number and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_timer_measures_each_phase():

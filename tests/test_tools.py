@@ -120,8 +120,17 @@ def test_memory_prints_its_parts_and_downloads_nothing(monkeypatch):
 
 @pytest.mark.parametrize("vlm, published", [("2.5-VL-7B", 8.29e9), ("3-VL-2B", 2.13e9)])
 def test_weights_of_the_policy_are_the_published_ones(vlm, published):
-    size, _ = expected(f"--vlm Qwen/Qwen{vlm}-Instruct --dtype float32")["update"]["policy weights"]
+    size, _ = expected(f"--vlm Qwen/Qwen{vlm}-Instruct --side 840 --dtype float32")["update"][
+        "policy weights"
+    ]
     assert size == pytest.approx(4 * published, rel=0.01)
+
+
+def test_memory_refuses_a_model_of_another_family(tmp_path):
+    config = {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="llava"):
+        memory.main(["--vlm", str(tmp_path)])
 
 
 def test_the_expected_adapter_is_the_adapter_of_a_run():
@@ -142,7 +151,17 @@ def test_sizes_of_the_segmenter_are_those_of_the_model(sam, prompts, tmp_path):
     assert parts["SAM decoder"][1].startswith(f"{prompts} prompts x ")
 
 
-@pytest.mark.parametrize("flags", ["--vlm /no/folder", "--sam vit_x:FILE", "--sam sam2:/none"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--vlm /no/folder",
+        "--sam vit_x:FILE",
+        "--sam sam2:/none",
+        "--sam vit_b",
+        "--side 70",
+        "--dtype 4bit",
+    ],
+)
 def test_memory_names_the_flag_that_cannot_be_used(flags):
     with pytest.raises(UserError, match=flags):
         memory.main(flags.split())

@@ -29,21 +29,26 @@ VLM   `Qwen2_5_VLForConditionalGeneration` on 64 x 64 pixels (16 image tokens), 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
 
+from plumbing.errors import exit_with_one_line
 from tiny.make_sam import report_sam, train_sam
 from tiny.make_vlm import report_vlm, train_vlm
 
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the embedded models from random weights.")
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny.make_tiny",
+        description="Rebuild the embedded models from random weights.",
+    )
     parser.add_argument("--only", choices=("sam", "vlm"), help="build one of the two")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # tiny matrices gain nothing, and the data worker needs a core
     torch.set_flush_denormal(True)
@@ -61,4 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])

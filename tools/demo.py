@@ -128,13 +128,14 @@ def describe(scores: Scores, known: bool) -> str:
     return f"{line}\nbox {box}; points {points}, in pixels of the picture"
 
 
-def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str = ""):
+def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str | None = ""):
     """Let one model answer, after its own thought or after the given one.
 
     shown: the scene on the page. Its mask is the true one if the query is the scene's own.
     Returns (thought, completion, picture, description).
     """
     query = check_query(query)
+    thought = thought or ""  # a client can send no text at all
     check_plain(thought, "thought")
     known = query == shown.query
     sample = shown if known else without_mask(shown.image, query)

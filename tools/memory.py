@@ -15,11 +15,12 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, Sam2Mode
 
 from grpo import LOGITS_AT_ONCE
 from plumbing.errors import UserError, exit_with_one_line
+from plumbing.four_bit import check_widths
 from plumbing.published import published_config
 from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
 from plumbing.sam2 import sam2_config
-from plumbing.settings import parse_settings, rollout_prompts
-from plumbing.vlm import vlm_path
+from plumbing.settings import Settings, parse, rollout_prompts
+from plumbing.vlm import check_family, vlm_path
 from reward import DECODER_BYTES
 from samr1_mini import LORA_TARGETS
 
@@ -35,8 +36,14 @@ def expected_memory(s) -> dict[str, Parts]:
     --dtype auto counts as bfloat16. s: `plumbing.settings.Settings`. Raises UserError.
     """
     config = published_config(vlm_path(s.vlm))
+    check_family(config, s.vlm)
+    if s.dtype == "4bit":
+        check_widths(s.vlm == "tiny")
     text, vision = config.text_config, config.vision_config
-    image_tokens = (s.side // (vision.patch_size * vision.spatial_merge_size)) ** 2
+    patch = vision.patch_size * vision.spatial_merge_size  # pixels of an image token
+    if s.side % patch and not config.model_type.startswith("qwen3_vl"):
+        raise UserError(f"--side {s.side}: train would refuse it: use a multiple of {patch}")
+    image_tokens = (s.side // patch) ** 2
     P = image_tokens + (250 if s.prompt == "full" else 20)  # about so many text tokens
     width = 4 if s.dtype == "float32" else 2  # bytes of a number of the policy
     policy = policy_parts(s, config, width)
@@ -105,7 +112,7 @@ def sam_parts(s) -> Parts:
     SAM 1 is built without a download. Of a SAM 2, config.json is read.
     """
     size, _, name = s.sam.partition(":")
-    if size != "sam2" and size not in SAM_SIZES:
+    if size not in ("sam2", *SAM_SIZES) or (not name and size != "tiny"):
         raise UserError(f"--sam {s.sam}: there is no such SAM: use {KNOWN_SAMS}")
     config = sam2_config(name) if size == "sam2" else None
     with torch.device("meta"):
@@ -158,8 +165,9 @@ def main(argv: list[str]) -> None:
     """Print the parts of each phase, their sums, and the largest sum."""
     if {"-h", "--help"} & set(argv):
         return print(__doc__)
+    s = parse(Settings, argv, program="python -m tools.memory")
     peak = 0
-    for phase, parts in expected_memory(parse_settings("train", argv)).items():
+    for phase, parts in expected_memory(s).items():
         print(f"\n{phase}")
         for part, (size, why) in parts.items():
             print(f"  {part:22}{size / 2**30:8.2f} GiB  {why}")

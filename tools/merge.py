@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from plumbing.errors import UserError, exit_with_one_line, reason_of
+from plumbing.runs import share_weights
 from plumbing.vlm import load_adapter, open_model
 
 
@@ -44,6 +45,7 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
             written = Path(folder) / "model"
             merged.save_pretrained(written)
             processor.save_pretrained(written)
+            share_weights(written)
             del model, trained, merged  # two of them may not fit into memory
             _, again = open_model(str(written), "auto", "cpu", options={})
             check_same(logits(again, inputs), expected, base, again.dtype, f"--adapter {adapter}")
