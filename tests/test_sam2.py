@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     Sam2Config,
     Sam2ImageProcessor,
@@ -268,6 +269,8 @@ def test_the_older_file_of_the_preprocessor_is_read(folder, tmp_path):
         ("another size", "in another size (mask_decoder"),
         ("other weights", "it lacks"),
         ("truncated weights", "fetch all files of the folder again"),
+        ("not finite", "1 weights are not finite"),
+        ("pointer", "model.safetensors is a git-lfs pointer"),
         ("another square", "preprocessor_config.json says 96 x 96: fetch it again"),
         ("no config", "use a hub name such as facebook/sam2-hiera-large"),
     ],
@@ -284,6 +287,12 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, k
         config.write_text(json.dumps(settings))
     elif kind == "other weights":
         shutil.copy(f"{vlm_path('tiny')}/model.safetensors", weights)
+    elif kind == "not finite":
+        held = load_file(weights)
+        held[min(held)] /= 0
+        save_file(held, weights, {"format": "pt"})
+    elif kind == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
     elif kind == "truncated weights":
         weights.write_bytes(weights.read_bytes()[:1000])
     elif kind == "another square":
