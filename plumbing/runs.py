@@ -402,6 +402,7 @@ def describe(scores, completions, end: torch.Tensor) -> dict[str, float]:
     """
     names = ("reward", "accuracy", "think_format", "answer_format", "iou")
     row = {name: getattr(scores, name).mean().item() for name in names}
+    # The tiers of reward.TIERS as intervals (low, high]. -1 and 2 stand for "no bound".
     for value, low, high in ((2, 0.5, 0.7), (3, 0.7, 0.8), (4, 0.8, 2.0), (0, -1.0, 0.5)):
         inside = (scores.iou > low) & (scores.iou <= high)
         row[f"tier_{value}"] = inside.float().mean().item()
