@@ -149,8 +149,8 @@ def clip_side(
     """Which tokens get no gradient because of the clip: -1 below, 1 above, 0 not clipped.
 
     A token with a positive advantage gets no gradient once its ratio exceeds 1 + eps_high, and one
-    with a negative advantage none once its ratio is below 1 - eps_low. In the two other cases (a bad
-    token has become more likely, a good one less likely) the minimum takes the term that is not
+    with a negative advantage none once its ratio is below 1 - eps_low. In the two other cases (a
+    bad token has become more likely, a good one less likely) the minimum takes the term that is not
     clipped, so the gradient still pulls the ratio back. The arguments are broadcast.
 
     >>> clip_side(torch.tensor([0.7, 1.4, 0.7, 1.4]), torch.tensor([1.0, 1.0, -1.0, -1.0]))

@@ -68,8 +68,8 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     The answer format is about form alone: the paper rewards JSON with a box and points, whatever
     their quality. So two equal points, and points outside of the box, are valid. Coordinates in
     0..1 are valid too: they are read in the unit that the prompt asks for, so such a box is smaller
-    than a pixel, and the accuracy reward judges it. What is clear but not in the right form, such as
-    JSON within prose, gives a box and points, but earns no answer format
+    than a pixel, and the accuracy reward judges it. What is clear but not in the right form, such
+    as JSON within prose, gives a box and points, but earns no answer format
     (`plumbing.answers.read_objects`).
 
     style: of the prompt. "segzero" and "visionreasoner" are read as these systems' evaluations read
@@ -81,8 +81,8 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     >>> answer.think_format, answer.answer_format, answer.box, answer.points, answer.thought
     (True, False, (1.0, 2.0, 5.5, 6.0), ((3.0, 4.0),), 'the red one')
     """
-    # Without exactly one thought the whole text is `rest`: its answer still prompts SAM, but earns no
-    # think format. `outside`, `before` and `after` are what stands around the two blocks.
+    # Without exactly one thought the whole text is `rest`: its answer still prompts SAM, but earns
+    # no think format. `outside`, `before` and `after` are what stands around the two blocks.
     outside = ""
     thought = ""
     rest = text
@@ -312,7 +312,7 @@ def intersection_and_union(
     return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (intersection, union))
 
 
-# An embedding level is a feature map of one resolution: SAM 1 has one, SAM 2 has three. Every prompt
+# An embedding level is a feature map of one resolution: SAM 1 has one, SAM 2 has three. Each prompt
 # of a decoder call needs a copy of them, so this limit, in bytes of the largest level, decides how
 # many prompts one call takes: 16 for an official SAM 1 on a GPU, 8 for SAM 2. On a CPU 4 and 2:
 # there larger tensors are allocated anew in every call, and the time goes into page faults.
