@@ -136,16 +136,12 @@ def train(s: Settings) -> None:
     policy = load_policy(s)
     scorer = load_scorer(s, policy.device)
     policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
-    model = policy.model
-    scaler = policy.scaler  # for float16
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
     out = runs.open_run(s, f"runs/{run_name(s)}-{s.seed}")
-    first = 0
-    results = {}
-    if s.resume:
-        first, results = runs.load_checkpoint(out, model, optimizer, generator, scaler)
+    checkpoint = runs.Checkpoint(out, policy.model, optimizer, generator, policy.scaler)
+    first, results = checkpoint.load() if s.resume else (0, {})
     metrics = runs.start_metrics(out, s, first)
     if not results:  # a resumed run has its first evaluation already
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
@@ -200,7 +196,7 @@ def train(s: Settings) -> None:
             )
             log_samples(out, step + 1, policy, scorer, heldout, s, logged, metrics)
         if log_this_step or stop.number:
-            runs.save_checkpoint(out, step + 1, s, model, optimizer, generator, results, scaler)
+            checkpoint.save(step + 1, s, results)
         if stop.number:
             bar.close()
             stop.exit(out, step + 1)
@@ -208,7 +204,7 @@ def train(s: Settings) -> None:
     with stop.ended(out):  # every step is saved: now a signal need not wait
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
-    runs.save_checkpoint(out, s.steps, s, model, optimizer, generator, results, scaler)
+    checkpoint.save(s.steps, s, results)
     runs.print_table(results, metrics, out)
 
 
