@@ -409,7 +409,8 @@ def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    def forms(scorer, embeddings, factors, prompts):
+    def forms(scorer, embeddings, factors, objects):
+        prompts = [one for group in objects for one in group]
         return len({(p.box is not None, len(p.points)) for p in prompts} - {(False, 0)})
 
     def tokens(model, *args, inputs_embeds, **options):
