@@ -44,7 +44,7 @@ def build():
     inputs = processor(text=text, images=[image], return_tensors="pt")
     names = ("image", "video", "vision_start", "vision_end")
     banned = [getattr(model.config, f"{name}_token_id") for name in names]
-    return model.to(DEVICE), inputs.to(DEVICE), torch.tensor(banned, device=DEVICE)
+    return model.to(DEVICE), inputs, torch.tensor(banned, device=DEVICE)
 
 
 def sample(way: str, model, inputs, banned: torch.Tensor, new: int, greedy=False) -> torch.Tensor:
@@ -62,6 +62,7 @@ def sample(way: str, model, inputs, banned: torch.Tensor, new: int, greedy=False
             decoder=StaticDecoder,
         )
         return completions.ids[0]
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     if way == "repeated":
         pixels = inputs["pixel_values"].repeat(G, 1)  # (patches, values): no dimension of images
         inputs = {name: tensor.repeat_interleave(G, 0) for name, tensor in inputs.items()}
