@@ -149,7 +149,7 @@ def watch(owner: object, name: str, seconds: list[float]) -> None:
 
 
 def score_naively(predictor, samples: list[Sample], prompts: list) -> torch.Tensor:
-    iou = torch.zeros(B, G)
+    iou = torch.zeros(B, G, dtype=torch.float64)
     for b, sample in enumerate(samples):
         # As in SamScorer.encode.
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):

@@ -176,10 +176,11 @@ def main(argv: list[str]) -> None:
     s = parse_settings("train", [])
     cases = find_cases(options.scenes)
     scorer = SamScorer(load_sam("tiny"))
-    for title, adapter in {"base": "none", "trained": str(options.run / "adapter")}.items():
-        policy = load_vlm("tiny", "cpu", s.side, s.prompt, adapter)
+    folders = {"base model": "none", "trained model": str(options.run / "adapter")}
+    policies = {t: load_vlm("tiny", "cpu", s.side, s.prompt, f) for t, f in folders.items()}
+    for title, policy in policies.items():
         found = replies(policy, scorer, cases, s)
-        print_table(f"{title} model", cases, found)
+        print_table(title, cases, found)
     save_figure(draw(cases, found), options.figure)
     print(f"\nwritten to {options.figure}")
 
