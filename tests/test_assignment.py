@@ -143,9 +143,7 @@ def messages(student, tmp_path_factory):
             text = handout.remove_solutions(script, range(number + 1, 11))
             (tree / script).write_text(text)
         runs[number] = (tree, f"exercise_{number}")
-    options = (
-        "-q --tb=line -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning".split()
-    )
+    options = "-q --tb=line -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning".split()
     lines = [
         (str(tree), [*options, *grade.TESTS, "-m", marks, f"--junitxml={folder}/{name}.xml"])
         for name, (tree, marks) in runs.items()
