@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     Sam2Config,
     Sam2ImageProcessor,
@@ -239,6 +240,8 @@ def test_the_older_file_of_the_preprocessor_is_read(folder, tmp_path):
         ("config.json", "another model", "it holds a qwen2_5_vl, not a SAM 2"),
         ("model.safetensors", "another model", "it lacks"),
         ("model.safetensors", "cut short", "fetch all files of the folder again"),
+        ("model.safetensors", "not finite", "1 weights are not finite"),
+        ("model.safetensors", "pointer", "model.safetensors is a git-lfs pointer"),
         ("processor_config.json", "another square", "preprocessor_config.json says 96 x 96"),
     ],
 )
@@ -252,6 +255,12 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
         shutil.copy(f"{vlm_path('tiny')}/{file}", broken)
     elif wrong == "cut short":
         (broken / file).write_bytes((broken / file).read_bytes()[:1000])
+    elif wrong == "not finite":
+        weights = load_file(broken / file)
+        weights[min(weights)] /= 0
+        save_file(weights, broken / file, {"format": "pt"})
+    elif wrong == "pointer":
+        (broken / file).write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
         (broken / file).write_text((broken / file).read_text().replace(str(SIDE), "96"))
     with pytest.raises(UserError, match=f"^--sam sam2:{broken}: .*{message}.*$"):
