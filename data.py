@@ -137,7 +137,9 @@ class Shapes:
     seed:       a number for other scenes of the same split.
     size:       number of scenes.
     things:     smallest and largest number of shapes that are drawn.
-    hard_share: share of queries about a covered shape, in scenes where one can be asked.
+    hard_share: share of queries about a thing whose box has something else in its middle
+                (`Thing.hard`), in scenes where one can be asked: there only points tell what is
+                meant.
     """
 
     split: str = "train"
@@ -194,11 +196,11 @@ def subsample(refs: list[dict], samples: int | None, seed: str) -> list[tuple[di
     rng = random.Random(seed)
     entries = []
     for ref in sorted(refs, key=lambda ref: ref["ref_id"]):
-        position = rng.random()
+        shuffle_key = rng.random()
         sentences = sorted(ref["sentences"], key=lambda sentence: sentence["sent_id"])
         sentences.sort(key=lambda _: rng.random())  # sort() calls the key once for each, in order
         for turn, sentence in enumerate(sentences):
-            entries.append((turn, position, ref["ref_id"], ref, sentence))
+            entries.append((turn, shuffle_key, ref["ref_id"], ref, sentence))
     entries.sort(key=lambda entry: entry[:3])
     return [(ref, sentence) for *_, ref, sentence in entries[:samples]]
 

@@ -23,8 +23,14 @@ Where this departs from the paper, or from common practice:
   4. The prompt goes through the language model once per pass, not G times. Log-probs and gradients
      are the same.
 
-Sizes: B prompts, G completions each, T sampled positions, P tokens of the prompt,
-L tokens of a packed row, V tokens in the vocabulary.
+Sizes: B prompts, G completions each, T sampled positions, P tokens of a (padded) prompt, L tokens
+of a packed row, V tokens in the vocabulary, E end-of-text tokens. N is the number of rows that a
+function works on: B x G sequences while sampling, all completion tokens of a pass in `pack` and
+below.
+
+Qwen-VL gives each token three position numbers, for time, row and column (M-RoPE), so positions
+have the shape (3, B, P). An image token uses all three. A text token has the same number three
+times, and text after an image continues from the largest number so far.
 """
 
 from dataclasses import dataclass
@@ -54,8 +60,9 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    # Subtract the group's first reward, so that equal rewards become exact zeros. Otherwise their
-    # mean can differ from them by rounding, and eps makes small advantages of that.
+    # The mean of equal rewards can differ from them by a rounding error of about 1e-7. Divided by
+    # eps = 1e-4 that is an advantage of 1e-3, not 0. With the group's first reward subtracted,
+    # equal rewards are exact zeros, and so is their mean.
     rewards = rewards - rewards[..., :1]
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
 
@@ -142,8 +149,9 @@ def clip_side(
     """Which tokens get no gradient because of the clip: -1 below, 1 above, 0 not clipped.
 
     A token with a positive advantage gets no gradient once its ratio exceeds 1 + eps_high, and one
-    with a negative advantage none once its ratio is below 1 - eps_low. In the two other cases the
-    minimum in the objective keeps the gradient. The arguments are broadcast.
+    with a negative advantage none once its ratio is below 1 - eps_low. In the two other cases (a
+    bad token has become more likely, a good one less likely) the minimum takes the term that is not
+    clipped, so the gradient still pulls the ratio back. The arguments are broadcast.
 
     >>> clip_side(torch.tensor([0.7, 1.4, 0.7, 1.4]), torch.tensor([1.0, 1.0, -1.0, -1.0]))
     tensor([ 0,  1, -1,  0], dtype=torch.int32)
@@ -276,7 +284,8 @@ def rollout(
     for t in range(max_new_tokens):
         finite = finite & (finished | logits.isfinite().all(-1))
         logits = logits.nan_to_num()  # torch cannot sample from NaN: it would end the program
-        # -inf, because `choose_token` divides by the temperature: -1e9 / 1e9 would be likely.
+        # -inf, so that no temperature makes a banned token likely. `mask_banned` cannot use it,
+        # because its log-probs also enter the entropy.
         allowed = logits.float().index_fill(-1, banned, -torch.inf)
         token = choose_token(allowed, temperature, generator)
         tokens.append(torch.where(finished, end[0], token))  # finished rows go on, but do not count
@@ -287,6 +296,7 @@ def rollout(
         if t + 1 == max_new_tokens or (look and finished.all()):
             break
         logits = decode.step(tokens[-1])
+    # Checked after the loop: a check in each step would make the CPU wait for the GPU.
     if not finite.all():
         raise UserError(
             f"the policy's logits are not finite in {logits.dtype}: with float16, use another "
@@ -386,6 +396,8 @@ def head_logprobs(
     leaf = hidden.detach().requires_grad_(hidden.requires_grad)
     logprobs, entropy = token_logprobs(lm_head(leaf), tokens, temperature, banned)
     if hidden.requires_grad:
+        # Log-prob i depends on row i of `leaf` only, so row i of the gradient of their sum is the
+        # gradient of log-prob i. One backward pass computes all of them.
         (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
         # h - h.detach() is zero, so this changes no log-prob. But it depends on h, and so the
         # backward pass multiplies what arrives here by `gradient`, as through the lm_head itself.

@@ -66,10 +66,10 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     block after it, as JSON or as a Python literal.
 
     The answer format is about form alone: the paper rewards JSON with a box and points, whatever
-    their quality. So two equal points, and points outside of the box, are right. Coordinates in
-    0..1 are right too. They are read in the unit that the prompt asks for, so the box is smaller
-    than a pixel. What such answers are worth is left to the accuracy reward. What is clear but not
-    in the right form, such as JSON within prose, gives a box and points, but earns no answer format
+    their quality. So two equal points, and points outside of the box, are valid. Coordinates in
+    0..1 are valid too: they are read in the unit that the prompt asks for, so such a box is smaller
+    than a pixel, and the accuracy reward judges it. What is clear but not in the right form, such
+    as JSON within prose, gives a box and points, but earns no answer format
     (`plumbing.answers.read_objects`).
 
     style: of the prompt. "segzero" and "visionreasoner" are read as these systems' evaluations read
@@ -81,7 +81,11 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     >>> answer.think_format, answer.answer_format, answer.box, answer.points, answer.thought
     (True, False, (1.0, 2.0, 5.5, 6.0), ((3.0, 4.0),), 'the red one')
     """
-    outside, thought, rest = "", "", text
+    # Without exactly one thought the whole text is `rest`: its answer still prompts SAM, but earns
+    # no think format. `outside`, `before` and `after` are what stands around the two blocks.
+    outside = ""
+    thought = ""
+    rest = text
     once = text.count("<think>") == 1 and text.count("</think>") == 1
     if once and text.index("<think>") < text.index("</think>"):
         outside, _, rest = text.partition("<think>")
@@ -95,10 +99,11 @@ def parse_answer(text: str, style: str = "full") -> Answer:
 
     objects, asked_form = read_objects(inside, style, text, loosely=answered)
     complete = [box is not None and None not in points for box, points in objects]
-    answer_format = asked_form and any(complete) and all(complete)
+    answer_format = asked_form and any(complete) and all(complete)  # all([]) is True
     found = [(box, tuple(point for point in points if point)) for box, points in objects]
     found = [(box, points) for box, points in found if box or points]
     (box, points), *others = found or [(None, ())]
+    # The first object is the answer. There are others for "visionreasoner" only.
     return Answer(think_format, answer_format, box, points, thought.strip(), tuple(others))
 
 
@@ -106,7 +111,7 @@ class SamPrompt(NamedTuple):
     """A prompt for SAM, in image pixels. With neither box nor points the mask is empty."""
 
     box: tuple[float, ...] | None  # x1, y1, x2, y2
-    points: tuple[tuple[float, ...], ...]  # (x, y) each, all on the target
+    points: tuple[tuple[float, ...], ...]  # (x, y) each; SAM takes them as foreground
     others: tuple["SamPrompt", ...] = ()  # of further objects: the masks of all are united
 
     @property
@@ -255,6 +260,7 @@ class Sam1(Sam):
         embeddings are those of `encode`; the other arguments are those of `decode_masks`.
         """
         logits, ratings = decode_masks(self, embeddings[0], image_index, boxes, points)
+        # Without mask 0, as SamPredictor does with multimask_output=True, its default.
         return logits[:, 1:], ratings[:, 1:]
 
     def upsample(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -306,9 +312,10 @@ def intersection_and_union(
     return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (intersection, union))
 
 
-# Bytes of the largest level of embeddings in one call of the decoder. On a GPU this is 16 prompts
-# of an official SAM 1 and 8 of SAM 2. On a CPU it is 4 and 2: larger tensors are allocated anew
-# in every call, and the time goes into page faults (benchmarks/sam_scoring.py).
+# An embedding level is a feature map of one resolution: SAM 1 has one, SAM 2 has three. Each prompt
+# of a decoder call needs a copy of them, so this limit, in bytes of the largest level, decides how
+# many prompts one call takes: 16 for an official SAM 1 on a GPU, 8 for SAM 2. On a CPU 4 and 2:
+# there larger tensors are allocated anew in every call, and the time goes into page faults.
 DECODER_BYTES = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
 
 
@@ -348,6 +355,8 @@ class SamScorer:
         logits = self.best_logits(embeddings, factors, objects).split(list(map(len, objects)))
         intersections, unions, masks = [], [], []
         for b, sample in enumerate(samples):  # one by one: every image has its own size
+            # One mask for each object of the G prompts, almost always one a prompt. Bring them to
+            # full size, and unite those of the same prompt.
             full = self.sam.upsample(logits[b], sample.mask.shape)
             parts = (full > self.sam.mask_threshold).split([len(p.objects) for p in prompts[b]])
             mask = torch.stack([part.any(0) for part in parts])  # (G, H, W)
@@ -496,7 +505,8 @@ def score_completions(
               plumbing/rewards.py). SAM's mask is computed in any case, for the log.
     style:    of the prompt, see `parse_answer`.
 
-    A completion without a usable box or point has IoU 0, even where the true mask is empty.
+    A completion without a usable box or point has IoU 0, so that it never pays to give no answer.
+    (`Overlap.iou`, the metric, is 1 where both masks are empty.)
     """
     answers = [[parse_answer(text, style) for text in group] for group in completions]
     prompts = [

@@ -19,9 +19,6 @@ weights on eight GPUs; SAM 1 by default in place of SAM 2; and what the paper le
 marked *assumed*. The settings `s` are explained in plumbing/settings.py.
 """
 
-import plumbing.interrupts  # noqa: F401  first: Ctrl-C during the slow imports is one line
-
-# isort: split
 import json
 import math
 import re
@@ -61,7 +58,8 @@ def load_policy(s, adapter: str = "none") -> Policy:
 
 
 def load_scorer(s, device: torch.device) -> SamScorer:
-    """The frozen SAM that the settings name. One official SAM's image is enough to fill a GPU."""
+    """The frozen SAM that the settings name. The encoder of an official SAM takes one image at a
+    time, which already fills a GPU. The tiny one takes eight."""
     encoder_batch = 8 if s.sam == "tiny" else 1
     return SamScorer(load_sam(s.sam), device, encoder_batch, offload=s.save_memory >= 3)
 
@@ -138,16 +136,12 @@ def train(s: Settings) -> None:
     policy = load_policy(s)
     scorer = load_scorer(s, policy.device)
     policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
-    model = policy.model
-    scaler = policy.scaler  # for float16
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
     out = runs.open_run(s, f"runs/{run_name(s)}-{s.seed}")
-    first = 0
-    results = {}
-    if s.resume:
-        first, results = runs.load_checkpoint(out, model, optimizer, generator, scaler)
+    checkpoint = runs.Checkpoint(out, policy.model, optimizer, generator, policy.scaler)
+    first, results = checkpoint.load() if s.resume else (0, {})
     metrics = runs.start_metrics(out, s, first)
     if not results:  # a resumed run has its first evaluation already
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
@@ -202,7 +196,7 @@ def train(s: Settings) -> None:
             )
             log_samples(out, step + 1, policy, scorer, heldout, s, logged, metrics)
         if log_this_step or stop.number:
-            runs.save_checkpoint(out, step + 1, s, model, optimizer, generator, results, scaler)
+            checkpoint.save(step + 1, s, results)
         if stop.number:
             bar.close()
             stop.exit(out, step + 1)
@@ -210,12 +204,12 @@ def train(s: Settings) -> None:
     with stop.ended(out):  # every step is saved: now a signal need not wait
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
-    runs.save_checkpoint(out, s.steps, s, model, optimizer, generator, results, scaler)
+    checkpoint.save(s.steps, s, results)
     runs.print_table(results, metrics, out)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, s: Settings, step: int) -> float:
-    """Linear warm-up, and a linear decay towards zero at the last step. *Assumed*."""
+    """Linear warm-up times a linear decay from 1 to 1 / steps. *Assumed*."""
     lr = s.lr * (min(1.0, (step + 1) / WARMUP) * (1 - step / s.steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -230,8 +224,8 @@ def logprobs(policy: Policy, prompts: Prompts, completions: Completions, s: Sett
 def prompts_per_pass(s: Settings) -> int:
     """Prompts that go through the model together when log-probs are computed.
 
-    All log-probs of a step are computed in the same passes, because rounding can differ between
-    batches of different sizes. So the first update's ratio is exactly 1.
+    `fixed_logprobs` and `update` use passes of the same size, because the rounding of a matrix
+    product depends on the size of the batch. So the first update's ratio is exactly 1.
     """
     return 1 if s.save_memory else s.prompts_per_step // s.minibatches
 
@@ -266,8 +260,9 @@ def update(
     """Update the adapter. Returns `grpo.clip_side` of each token, (B, G, T), in the last epoch, and
     statistics to log.
 
-    advantages (B, G); old, reference: of `fixed_logprobs`. Gradients add up over the passes of a
-    mini-batch, so their number does not change the result.
+    advantages (B, G); old, reference: of `fixed_logprobs`. A mini-batch is computed in one or more
+    passes of b prompts (`prompts_per_pass`), whose gradients add up. The result does not depend on
+    how many passes there are.
     """
     policy.model.train()  # only for gradient checkpointing: there is no dropout
     mask = completions.mask.to(policy.device)
@@ -294,6 +289,7 @@ def update(
             statistics["entropy"] = entropy.sum() / mask[rows].sum()
             log.append({name: value * share for name, value in statistics.items()})
         norms.append(clipped_step(optimizer, policy.scaler, MAX_GRAD_NORM))
+    # The shares of a mini-batch add up to 1, so each sum holds one mean for each update.
     means = {name: torch.stack([row[name] for row in log]).sum() / len(norms) for name in log[0]}
     means["grad_norm"] = torch.stack(norms).mean()
     values = torch.stack(list(means.values())).tolist()  # one wait for the GPU, not one for each
@@ -391,7 +387,7 @@ def evaluate(policy, scorer, dataset, s, count: int, title: str, rows=(), log=No
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         if usable:
             scored = evaluate_batch(policy, scorer, list(usable.values()), s)
-            found |= zip(usable, scored, strict=True)
+            found |= dict(zip(usable, scored, strict=True))  # the keys of `usable` are indices
         new = [found[index] for index in range(batch.start, batch.stop)]
         rows += new
         if log:
@@ -464,6 +460,7 @@ def segment(s) -> None:
         raise UserError(f"--out {out}: this is the --image itself: name another picture to write")
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)
+    # The true mask is not known. An empty one stands in for it, and no score against it is used.
     one = Sample(image, query, np.zeros((image.height, image.width), bool), None, s.image)
     completions = sample_completions(policy, policy.read([one]), s, greedy=True)
     texts = policy.texts(completions)

@@ -1,6 +1,6 @@
 """gpu_24gb.py - does a training step fit this GPU, how long does it take, and is it right?
 
-    python -m benchmarks.gpu_24gb [--parts qwen2b qwen3b qwen7b qwen7b-4bit] [--steps 2]
+    python -m benchmarks.gpu_24gb [--parts qwen2b qwen3b qwen7b qwen7b-4bit]
 
 One command for any CUDA card. Each part trains at the paper's size with a preset's architectures
 and random weights, so nothing is downloaded. It runs in a process of its own, which may allocate
@@ -21,7 +21,6 @@ Writes all of it to --out as JSON, and prints a Markdown table. Without a CUDA d
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -36,6 +35,7 @@ from benchmarks.meter import DEVICE, in_new_process
 from benchmarks.random_models import random_policy
 from data import Shapes
 from plumbing import decoding
+from plumbing.errors import UserError
 from plumbing.runs import PhaseTimer
 from plumbing.sam import SAM_SIZES, build_sam
 from plumbing.settings import parse_settings
@@ -47,6 +47,7 @@ GIB = 2**30
 CARD = 23 * GIB
 PARTS = ("qwen2b", "qwen3b", "qwen7b", "qwen3b-4bit", "qwen7b-4bit")
 PHASES = ("rollout", "reward", "logprobs", "update")
+STEPS = 2  # the first has learning rate 0, the last one is reported
 ANSWER = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
 TOY = """--vlm tiny --sam tiny --side 64 --max_new_tokens 8 --prompts_per_step 2 --group_size 2
     --save_memory 1 --dtype auto"""
@@ -54,25 +55,21 @@ TOY = """--vlm tiny --sam tiny --side 64 --max_new_tokens 8 --prompts_per_step 2
 
 def settings_of(part: str, flags: list[str]):
     """Settings of `train` for a part, "qwen7b-4bit" for example."""
-    preset, _, four_bit = part.partition("-")
-    argv = ["--preset", preset, "--data", "shapes"]
-    return parse_settings("train", [*argv, *["--dtype", "4bit"] * bool(four_bit), *flags])
+    argv = ["--preset", part.removesuffix("-4bit"), "--data", "shapes"]
+    if part.endswith("-4bit"):
+        argv += ["--dtype", "4bit"]
+    return parse_settings("train", argv + flags)
 
 
 def expected_gib(s) -> dict[str, float]:
     """Peak memory of each phase by the arithmetic of tools.memory."""
-    phases = expected_memory(s).items()
-    return {phase: sum(size for size, _ in parts.values()) / GIB for phase, parts in phases}
+    return {
+        phase: sum(size for size, _ in parts.values()) / GIB
+        for phase, parts in expected_memory(s).items()
+    }
 
 
-def fixed_answers(s, extent: float) -> list[list[str]]:
-    """Valid answers with different boxes, B lists of G."""
-    size = s.group_size
-    boxes = [(extent * g / (2 * size), extent * (g + size) / (2 * size)) for g in range(size)]
-    return [[ANSWER.format(*box) for box in boxes]] * s.prompts_per_step
-
-
-def measure(part: str, steps: int, flags: list[str]) -> dict:
+def measure(part: str, flags: list[str]) -> dict:
     """Run the steps of `samr1_mini.train`, and return what was measured."""
     s = settings_of(part, flags)
     with random_policy(vlm_path(s.vlm), DEVICE):
@@ -84,9 +81,11 @@ def measure(part: str, steps: int, flags: list[str]) -> dict:
     optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)
     batch = [Shapes("train")[i] for i in range(s.prompts_per_step)]
-    texts = fixed_answers(s, policy.extent)
+    G = s.group_size
+    ends = [(policy.extent * g / (2 * G), policy.extent * (g + G) / (2 * G)) for g in range(G)]
+    texts = [[ANSWER.format(low, high) for low, high in ends]] * s.prompts_per_step
     rows = []
-    for _ in range(steps):
+    for _ in range(STEPS):
         timer = PhaseTimer(policy.device)
         prompts = policy.read(batch)
         completions = samr1_mini.sample_completions(policy, prompts, s, generator)
@@ -96,9 +95,8 @@ def measure(part: str, steps: int, flags: list[str]) -> dict:
         timer.end("reward")
         old, reference = samr1_mini.fixed_logprobs(policy, prompts, completions, s)
         timer.end("logprobs")
-        rollouts = dict(prompts=prompts, completions=completions, advantages=advantages)
         _, statistics = samr1_mini.update(
-            policy, optimizer, **rollouts, old=old, reference=reference, s=s
+            policy, optimizer, prompts, completions, advantages, old, reference, s
         )
         timer.end("update")
         rows.append(timer.row(completions) | statistics)
@@ -121,23 +119,22 @@ def decode(policy, prompts, s, forced: torch.Tensor | None = None):
     forced: tokens (G, T) to take instead of sampling.
     """
     tokens, logprobs = [], []
+    choose_token = grpo.choose_token
 
-    def choose(logits, *args, **options):
-        token = choose_token(logits, *args, **options)
+    def choose(logits, *options):
+        token = choose_token(logits, *options)
         if forced is not None:
-            token = forced[:, len(tokens)].to(token.device)
+            token = forced[:, len(tokens)]
         tokens.append(token)
         logprobs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
         return token
 
-    choose_token = grpo.choose_token
-    new = min(64, s.max_new_tokens)
     with mock.patch.object(grpo, "choose_token", choose):
         grpo.rollout(
             policy.model,
             prompts,
             s.group_size,
-            new,
+            min(64, s.max_new_tokens),
             policy.end,
             policy.banned,
             decoder=decoding.StaticDecoder,
@@ -177,11 +174,9 @@ def check_logprobs(policy, s) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
-def run_part(part: str, steps: int, toy: bool) -> dict:
+def run_part(part: str, toy: bool) -> dict:
     """What one part measures, or {"skipped": why}."""
     flags = TOY.split() if toy else []
-    if "4bit" in part and importlib.util.find_spec("bitsandbytes") is None:
-        return {"skipped": "bitsandbytes is not installed"}
     if DEVICE.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         limit = min(CARD, total - GIB)
@@ -190,9 +185,9 @@ def run_part(part: str, steps: int, toy: bool) -> dict:
         if peak * GIB > limit:
             return {"skipped": f"needs {peak:.1f} GiB by arithmetic, may use {limit / GIB:.1f}"}
     try:
-        return measure(part, steps, flags)
-    except torch.OutOfMemoryError as error:
-        return {"skipped": f"out of memory: {str(error).split('. ')[0]}"}
+        return measure(part, flags)
+    except (torch.OutOfMemoryError, UserError) as error:  # no bitsandbytes for 4 bit
+        return {"skipped": str(error).split(". ")[0]}
 
 
 def markdown(parts: dict[str, dict]) -> str:
@@ -216,10 +211,8 @@ def markdown(parts: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_24gb", description=about)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_24gb")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--steps", type=int, default=2, help="the last one is reported")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"))
     parser.add_argument("--toy", action="store_true", help="toy size, on any device")
     options = parser.parse_args()
@@ -231,10 +224,8 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         print(f"{part} ...", file=sys.stderr)
-        arguments = (part, options.steps, options.toy)
-        parts[part] = in_new_process(
-            run_part, *arguments, threads=torch.get_num_threads(), malloc={}
-        )
+        threads = torch.get_num_threads()
+        parts[part] = in_new_process(run_part, part, options.toy, threads=threads)
         result = {"device": name, "torch": torch.__version__, "toy": options.toy, "parts": parts}
         options.out.write_text(json.dumps(result, indent=2))
     print(f"{name}, torch {torch.__version__}{', toy size' if options.toy else ''}\n")

@@ -1,6 +1,6 @@
 """logprobs.py - how much does it save to share the prompt when training on a group's log-probs?
 
-    python -m benchmarks.logprobs [--parts layers checkpointed head] [--threads 2] [--repeats 3]
+    python -m benchmarks.logprobs [--parts layers checkpointed head] [--repeats 3]
 
 Runs forward and backward of the log-probs of G = 8 completions (200 tokens each) of one prompt
 (1,050 tokens, 900 of which are an image of 840 x 840 pixels), in three ways:
@@ -72,9 +72,7 @@ def build(part: str):
     return model.train()  # checkpointing needs train mode; there is no dropout
 
 
-def make_case(
-    model, G: int, side: int, text: int, R: int
-) -> tuple[Prompts, Completions, torch.Tensor]:
+def make_case(model, G: int, side: int, text: int, R: int):
     """A prompt with an image between random tokens, G random completions of R tokens, and the
     weights (1, G, R) of their log-probs in the loss."""
     torch.manual_seed(1)
@@ -89,9 +87,9 @@ def make_case(
         pixel_values=torch.randn(patches**2, 3 * 2 * 14 * 14),
         image_grid_thw=torch.tensor([[1, patches, patches]]),
     )
-    tokens, weights = torch.randint(4, V, (1, G, R)), torch.randn(1, G, R).to(DEVICE)
+    tokens = torch.randint(4, V, (1, G, R))
     completions = Completions(tokens, torch.ones_like(tokens).bool())
-    return encode_prompts(model, inputs), completions, weights
+    return encode_prompts(model, inputs), completions, torch.randn(1, G, R).to(DEVICE)
 
 
 def plain_logprobs(model, prompts: Prompts, ids: torch.Tensor) -> torch.Tensor:
@@ -137,32 +135,30 @@ def forward_backward(
 # --------------------------------------------------------------------------------------------------
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def measure_time(part: str, repeats: int) -> tuple[dict[str, dict[str, float]], list[float]]:
+def measure_time(part: str, repeats: int) -> tuple[dict[str, dict[str, float]], float, float]:
     """Seconds of each way, and the largest difference of a log-prob and the largest relative
     difference of a gradient between packed and the two others."""
     model = build(part)
     case = make_case(model, G, SIDE, TEXT, R)
-    results = {}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    logprobs, gradients = {}, {}
 
     def run(way: str) -> dict[str, float]:
         model.zero_grad()
         started = meter.now()
-        logprobs = forward_backward(way, model, *case)
+        logprobs[way] = forward_backward(way, model, *case)
         seconds = meter.now() - started
-        results[way] = (logprobs, gradients(model))
+        gradients[way] = [p.grad for p in weights]
         return {"seconds": seconds}
 
-    rows = meter.take_turns({way: lambda way=way: run(way) for way in WAYS}, repeats)
-    logprobs, ours = results["packed"]
-    far = [(logprobs - other).abs().max().item() for other, _ in results.values()]
+    rows = meter.take_turns(run, WAYS, repeats)
+    far = max((logprobs["packed"] - logprobs[way]).abs().max().item() for way in WAYS)
     off = [
-        (ours[n] - g).norm() / g.norm() for _, theirs in results.values() for n, g in theirs.items()
+        ((ours - theirs).norm() / theirs.norm()).item()
+        for way in WAYS
+        for ours, theirs in zip(gradients["packed"], gradients[way], strict=True)
     ]
-    return rows, [max(far), max(off).item()]
+    return rows, far, max(off)
 
 
 def measure_memory(part: str, way: str) -> float:
@@ -175,16 +171,15 @@ def measure_memory(part: str, way: str) -> float:
     return meter.added_mib(forward_backward, way, model, *case)
 
 
-def measure(part: str, threads: int, repeats: int) -> dict[str, dict[str, float]]:
+def measure(part: str, repeats: int) -> dict[str, dict[str, float]]:
     """Measure and print one part. Returns seconds and MiB of each way."""
-    options = dict(threads=threads, malloc=meter.KEEP_FREED)
-    rows, differences = meter.in_new_process(measure_time, part, repeats, **options)
-    options = dict(threads=threads, malloc=meter.RETURN_FREED)
+    rows, far, off = meter.in_new_process(measure_time, part, repeats, malloc=meter.KEEP_FREED)
     for way in WAYS:
-        rows[way]["MiB"] = meter.in_new_process(measure_memory, part, way, **options)
-    title = f"{part}: P = {P}, R = {R}, G = {G}, {DEVICE}, {threads} threads"
+        rows[way]["MiB"] = meter.in_new_process(
+            measure_memory, part, way, malloc=meter.RETURN_FREED
+        )
+    title = f"{part}: P = {P}, R = {R}, G = {G}, {DEVICE}, {meter.THREADS} threads"
     meter.print_table(title, rows, ours="packed")
-    far, off = differences
     print(f"largest difference of a log-prob: {far:.0e}, of a gradient, relative: {off:.0e}")
     return rows
 
@@ -200,13 +195,11 @@ def whole_model(layer: dict, head: dict) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.logprobs", description=about)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.logprobs")
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    known = {part: measure(part, options.threads, options.repeats) for part in options.parts}
+    known = {part: measure(part, options.repeats) for part in options.parts}
     if {"checkpointed", "head"} <= known.keys():
         rows = whole_model(known["checkpointed"], known["head"])
         meter.print_table("36 checkpointed layers and the head, computed", rows, ours="packed")

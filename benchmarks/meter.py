@@ -18,18 +18,11 @@ import psutil
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+THREADS = 2
 # Settings of glibc's malloc. For the time, it keeps freed memory, else page faults take much of the
 # time. For the memory, it returns freed memory, so the resident size is that of the tensors.
-KEEP_FREED = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-RETURN_FREED = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_MMAP_MAX_": "1000000",
-}
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 
 
 def now() -> float:
@@ -45,42 +38,17 @@ def seconds_of(function: Callable, *arguments) -> float:
     return now() - started
 
 
-class Stopwatch:
-    """Adds up the seconds of the methods that it watches, a phase of a longer call."""
+def take_turns(measure: Callable, ways: tuple[str, ...], repeats: int) -> dict[str, dict]:
+    """Call `measure` on each way in turn. The first turn warms up.
 
-    def __init__(self):
-        self.seconds = 0.0
-
-    def watch(self, owner: object, name: str) -> None:
-        method = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            started = now()
-            result = method(*args, **kwargs)
-            self.seconds += now() - started
-            return result
-
-        setattr(owner, name, timed)
-
-    def reset(self) -> float:
-        """The seconds since the last call."""
-        seconds = self.seconds
-        self.seconds = 0.0
-        return seconds
-
-
-Way = Callable[[], dict[str, float]]  # computes something, and returns seconds by column
-
-
-def take_turns(ways: dict[str, Way], repeats: int) -> dict[str, dict[str, float]]:
-    """Run the ways in turn. Returns the medians of their numbers. The first turn warms up."""
-    turns = [{name: way() for name, way in ways.items()} for _ in range(1 + repeats)]
-    return {
-        name: {
-            column: statistics.median(turn[name][column] for turn in turns[1:]) for column in row
-        }
-        for name, row in turns[0].items()
-    }
+    It returns numbers by column. Returns the medians of these numbers for each way.
+    """
+    turns = [{way: measure(way) for way in ways} for _ in range(1 + repeats)]
+    rows = {}
+    for way in ways:
+        columns = turns[0][way]
+        rows[way] = {c: statistics.median(turn[way][c] for turn in turns[1:]) for c in columns}
+    return rows
 
 
 def resident_mib() -> float:
@@ -92,22 +60,25 @@ def resident_mib() -> float:
 
 def added_mib(function: Callable, *arguments) -> float:
     """Peak memory that a call adds, in MiB. On a CPU it needs Linux."""
+    before = resident_mib()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident size
-    before = resident_mib()
-    function(*arguments)
-    if DEVICE.type == "cuda":
+        function(*arguments)
         return torch.cuda.max_memory_allocated() / 2**20 - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident size
+    function(*arguments)
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10 - before
 
 
-def in_new_process(function: Callable, *arguments, threads: int, malloc: dict[str, str]):
-    """What a function at the top of a module returns in a process of its own."""
+def in_new_process(function: Callable, *arguments, threads: int = THREADS, malloc=None):
+    """What a function at the top of a module returns in a process of its own.
+
+    malloc: KEEP_FREED or RETURN_FREED.
+    """
     spawn = multiprocessing.get_context("spawn")
-    environment = malloc | {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+    environment |= malloc or {}
     with ProcessPoolExecutor(1, spawn) as pool, mock.patch.dict(os.environ, environment):
         return pool.submit(function, *arguments).result()
 

@@ -45,10 +45,10 @@ def medium_vlm(text: dict, vision: dict):
 
 
 @torch.no_grad()
-def fill(module: torch.nn.Module, device: torch.device) -> None:
+def fill(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Give a module random weights on a device: matrices N(0, 0.02), norms 1, biases 0."""
     for name, old in list(module.named_parameters(recurse=False)):
-        new = torch.full(old.shape, float(name != "bias"), dtype=old.dtype, device=device)
+        new = torch.full(old.shape, float(name != "bias"), dtype=dtype, device=device)
         if new.dim() > 1:
             new.normal_(0, 0.02)
         options = dict(requires_grad=False)
@@ -64,20 +64,18 @@ def random_model(config, dtype: torch.dtype, device: torch.device, quantization_
     So it needs no memory of the host, and never more of the device than the finished model.
     quantization_config: as in `from_pretrained`. Only for 4 bit with bitsandbytes.
     """
-    options = dict(dtype=dtype, attn_implementation="sdpa")
     with initialization.no_init_weights():  # uninitialised memory is reserved, but never touched
-        model = AutoModelForImageTextToText.from_config(config, **options)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
     if quantization_config is not None:
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
         kept = quantization_config.llm_int8_skip_modules
         replace_with_bnb_linear(model, kept, quantization_config)
-        for module in model.modules():
-            if hasattr(module, "quant_state"):  # created without a dtype of its own
-                module.weight.data = module.weight.data.to(dtype)
         model.is_loaded_in_4bit = True  # this is how peft recognises it
     for module in model.modules():
-        fill(module, device)
+        fill(module, dtype, device)
     model.tie_weights()
     return model.to(device)
 

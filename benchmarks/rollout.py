@@ -1,6 +1,6 @@
 """rollout.py - how much time does it save to prefill a prompt once for all of its G completions?
 
-    python -m benchmarks.rollout [--threads 2] [--repeats 3]
+    python -m benchmarks.rollout [--repeats 3]
 
 Samples G = 8 completions of 64 tokens of one prompt with about 1,050 tokens, 900 of which are an
 image of 840 x 840 pixels. Compares three ways, at temperature 1 and without vision tokens:
@@ -20,7 +20,7 @@ import argparse
 import torch
 from PIL import Image
 
-from benchmarks.meter import DEVICE, print_table, seconds_of, take_turns
+from benchmarks.meter import DEVICE, THREADS, print_table, seconds_of, take_turns
 from benchmarks.random_models import medium_vlm
 from data import messages
 from grpo import rollout
@@ -38,12 +38,10 @@ def build():
     vision = dict(depth=4, hidden_size=256, intermediate_size=512, num_heads=4)
     vision |= dict(fullatt_block_indexes=[3])
     model, processor = medium_vlm(text=dict(intermediate_size=2048), vision=vision)
-    talk = messages(QUERY.strip(), "brief", "pixels", SIDE)
-    text = processor.apply_chat_template([talk], tokenize=False, add_generation_prompt=True)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
-    images = [Image.fromarray(noise.numpy())]
-    inputs = processor(text=text, images=images, return_tensors="pt", padding=True)
+    chat = messages(QUERY.strip(), "brief", "pixels", SIDE)
+    text = processor.apply_chat_template([chat], tokenize=False, add_generation_prompt=True)
+    image = Image.effect_noise((SIDE, SIDE), 50).convert("RGB")
+    inputs = processor(text=text, images=[image], return_tensors="pt")
     names = ("image", "video", "vision_start", "vision_end")
     banned = [getattr(model.config, f"{name}_token_id") for name in names]
     return model.to(DEVICE), inputs, torch.tensor(banned, device=DEVICE)
@@ -53,14 +51,12 @@ def sample(way: str, model, inputs, banned: torch.Tensor, new: int, greedy=False
     """G completions of `new` tokens, (G, new), sampled from seed 0."""
     torch.manual_seed(0)
     if way == "ours":
-        prompts = encode_prompts(model, inputs)
-        end = torch.tensor([NEVER], device=DEVICE)
         completions = rollout(
             model,
-            prompts,
+            encode_prompts(model, inputs),
             G,
             max_new_tokens=new,
-            end=end,
+            end=torch.tensor([NEVER], device=DEVICE),
             banned=banned,
             temperature=0.0 if greedy else 1.0,
             decoder=StaticDecoder,
@@ -68,7 +64,7 @@ def sample(way: str, model, inputs, banned: torch.Tensor, new: int, greedy=False
         return completions.ids[0]
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     if way == "repeated":
-        pixels = inputs.pop("pixel_values").repeat(G, 1)
+        pixels = inputs["pixel_values"].repeat(G, 1)  # (patches, values): no dimension of images
         inputs = {name: tensor.repeat_interleave(G, 0) for name, tensor in inputs.items()}
         inputs["pixel_values"] = pixels
     out = model.generate(
@@ -83,12 +79,6 @@ def sample(way: str, model, inputs, banned: torch.Tensor, new: int, greedy=False
     return out[:, inputs["input_ids"].shape[1] :].cpu()
 
 
-def share_of_equal_tokens(model, inputs, banned: torch.Tensor, greedy: bool) -> float:
-    """The smallest share of our tokens that another way chooses too."""
-    ours, *others = (sample(way, model, inputs, banned, NEW, greedy) for way in WAYS)
-    return min((ours == tokens).float().mean().item() for tokens in others)
-
-
 def measure(way: str, model, inputs, banned: torch.Tensor) -> dict[str, float]:
     """Seconds of one way, and how they divide into vision tower, prefill and decoding."""
     vision = seconds_of(encode_prompts, model, inputs) * (G if way == "repeated" else 1)
@@ -98,19 +88,18 @@ def measure(way: str, model, inputs, banned: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=about)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout")
     parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(THREADS)
     case = build()
-    ways = {way: lambda way=way: measure(way, *case) for way in WAYS}
-    rows = take_turns(ways, options.repeats)
+    rows = take_turns(lambda way: measure(way, *case), WAYS, repeats)
     P = case[1]["input_ids"].shape[1]
-    print_table(f"P = {P}, G = {G}, {NEW} new tokens, {DEVICE}, {options.threads} threads", rows)
-    for greedy, name in ((True, "greedy"), (False, "sampled from one seed")):
-        print(f"equal tokens, {name}: at least {share_of_equal_tokens(*case, greedy):.1%}")
+    print_table(f"P = {P}, G = {G}, {NEW} new tokens, {DEVICE}, {THREADS} threads", rows)
+    for name, greedy in {"greedy": True, "sampled from one seed": False}.items():
+        ours, *others = (sample(way, *case, NEW, greedy) for way in WAYS)
+        equal = min((ours == tokens).float().mean().item() for tokens in others)
+        print(f"equal tokens, {name}: at least {equal:.1%}")
 
 
 if __name__ == "__main__":

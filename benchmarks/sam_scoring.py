@@ -1,6 +1,6 @@
 """sam_scoring.py - how long does it take to score B images x G completions with SAM?
 
-    python -m benchmarks.sam_scoring [--sam tiny vit_b] [--repeats 3] [--threads 2]
+    python -m benchmarks.sam_scoring [--sam tiny vit_b] [--repeats 3]
 
 Compares two ways to compute the same B x G IoUs of prompts with a box and two points:
 
@@ -21,7 +21,6 @@ mask, upsampling it to the image's size, threshold, intersection and union.
 
 import argparse
 import copy
-from unittest import mock
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from transformers import Sam2Config, Sam2ImageProcessor, Sam2Processor
 from benchmarks import meter
 from benchmarks.meter import DEVICE
 from data import Sample, Shapes
+from plumbing.rewards import true_box
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.sam2 import Sam2
 from reward import SamPrompt, SamScorer
@@ -47,24 +47,22 @@ SIZES += ((375, 500),)
 # --------------------------------------------------------------------------------------------------
 
 
-def noise_sample(width: int, height: int, rng: np.random.Generator) -> Sample:
+def noise_sample(width: int, height: int) -> Sample:
     """An image of noise with an ellipse as its object."""
     mask = Image.new("1", (width, height))
-    right, bottom = width * rng.uniform(0.5, 0.9), height * rng.uniform(0.6, 0.9)
-    ImageDraw.Draw(mask).ellipse((width * 0.2, height * 0.3, right, bottom), fill=1)
-    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    ImageDraw.Draw(mask).ellipse((0.2 * width, 0.3 * height, 0.7 * width, 0.8 * height), fill=1)
+    image = Image.effect_noise((width, height), 100).convert("RGB")
     return Sample(image, "", np.array(mask), None, "")
 
 
 def jittered_prompt(mask: np.ndarray, rng: np.random.Generator) -> SamPrompt:
     """A prompt as of a good policy: each edge is off by up to a tenth of the object, and two points
     are near its middle."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
-    size, limit = np.tile(box[2:] - box[:2], 2), np.tile(mask.shape[::-1], 2)
-    points = (box[:2] + box[2:]) / 2 + rng.uniform(-0.25, 0.25, (2, 2)) * size[:2]
-    box = (box + rng.uniform(-0.1, 0.1, 4) * size).clip(0, limit)
-    return SamPrompt(tuple(box), tuple(map(tuple, points)))
+    box = np.array(true_box(mask))
+    size = box[2:] - box[:2]
+    points = (box[:2] + box[2:]) / 2 + rng.uniform(-0.25, 0.25, (2, 2)) * size
+    box = box + rng.uniform(-0.1, 0.1, 4) * np.tile(size, 2)
+    return SamPrompt(tuple(box.clip(0, np.tile(mask.shape[::-1], 2))), tuple(map(tuple, points)))
 
 
 def make_case(name: str):
@@ -76,7 +74,7 @@ def make_case(name: str):
         samples = [Shapes("heldout")[i] for i in range(B)]
     else:
         sam = random_sam2() if name == "sam2" else build_sam(**SAM_SIZES[name])
-        samples = [noise_sample(*size, rng) for size in SIZES]
+        samples = [noise_sample(*size) for size in SIZES]
         for key, weight in sam.named_parameters():
             if "encoder" in key and "pos" in key:  # zero at first, so errors would not show
                 torch.nn.init.normal_(weight, std=0.02)
@@ -127,11 +125,9 @@ class Sam2Predictor:
 # --------------------------------------------------------------------------------------------------
 
 
-def make_predictor(sam, decoder: meter.Stopwatch):
-    """A predictor with a copy of the model, whose decoding the stopwatch watches."""
+def make_predictor(sam):
+    """A predictor with a copy of the model."""
     plain = copy.deepcopy(sam).to(DEVICE).eval()
-    decoder.watch(plain.prompt_encoder, "forward")
-    decoder.watch(plain.mask_decoder, "forward")
     if isinstance(sam, Sam2):
         return Sam2Predictor(plain)
     for block in plain.image_encoder.blocks:
@@ -139,83 +135,88 @@ def make_predictor(sam, decoder: meter.Stopwatch):
     return SamPredictor(plain)
 
 
-def score_naively(predictor, samples: list[Sample], prompts: list, decoder: meter.Stopwatch):
-    iou = np.zeros((B, G))
-    encoder = after = 0.0
-    for b, sample in enumerate(samples):
-        half = torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
-        with half:  # as in SamScorer.encode
-            encoder += meter.seconds_of(predictor.set_image, np.asarray(sample.image))
+def watch(owner: object, name: str, seconds: list[float]) -> None:
+    """Append the seconds of each call of a method to a list."""
+    method = getattr(owner, name)
+
+    def timed(*args, **kwargs):
         started = meter.now()
+        result = method(*args, **kwargs)
+        seconds.append(meter.now() - started)
+        return result
+
+    setattr(owner, name, timed)
+
+
+def score_naively(predictor, samples: list[Sample], prompts: list) -> torch.Tensor:
+    iou = torch.zeros(B, G, dtype=torch.float64)
+    for b, sample in enumerate(samples):
+        # As in SamScorer.encode.
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            predictor.set_image(np.asarray(sample.image))
         for g, prompt in enumerate(prompts[b]):
             points, box = np.array(prompt.points), np.array(prompt.box)
             masks, scores, *_ = predictor.predict(points, np.ones(2), box)
             mask = masks[scores.argmax()]
             iou[b, g] = (mask & sample.mask).sum() / (mask | sample.mask).sum()
-        after += meter.now() - started
-    seconds = decoder.reset()
-    return iou, {"encoder": encoder * G, "decoder": seconds, "masks": after - seconds}
-
-
-def score_ours(scorer: SamScorer, samples: list[Sample], prompts: list, decoder: meter.Stopwatch):
-    started = meter.now()
-    encoded = scorer.encode([one.image for one in samples])
-    encoder = meter.now() - started
-    with mock.patch.object(scorer, "encode", lambda _: encoded):
-        started = meter.now()
-        iou = scorer.score(samples, prompts).iou.cpu().double().numpy()
-        after = meter.now() - started
-    seconds = decoder.reset()
-    return iou, {"encoder": encoder, "decoder": seconds, "masks": after - seconds}
+    return iou
 
 
 def measure_time(name: str, repeats: int) -> tuple[dict[str, dict[str, float]], float]:
     """Seconds of each way by phase, and the largest difference of an IoU."""
     sam, samples, prompts = make_case(name)
-    stopwatch = {"naive": meter.Stopwatch(), "ours": meter.Stopwatch()}
-    predictor = make_predictor(sam, stopwatch["naive"])
+    predictor = make_predictor(sam)
     scorer = SamScorer(sam, DEVICE.type)
-    stopwatch["ours"].watch(scorer.sam, "decode")
-    score = {"naive": (score_naively, predictor), "ours": (score_ours, scorer)}
+    encoder, decoder = [], []
+    watch(predictor, "set_image", encoder)
+    watch(predictor.model.prompt_encoder, "forward", decoder)
+    watch(predictor.model.mask_decoder, "forward", decoder)
+    watch(scorer, "encode", encoder)
+    watch(scorer.sam, "decode", decoder)
     ious = {}
 
     def run(way: str) -> dict[str, float]:
-        function, scoring = score[way]
-        ious[way], row = function(scoring, samples, prompts, stopwatch[way])
-        return row | {"total": sum(row.values())}
+        encoder.clear()
+        decoder.clear()
+        started = meter.now()
+        if way == "naive":
+            ious[way] = score_naively(predictor, samples, prompts)
+        else:
+            ious[way] = scorer.score(samples, prompts).iou.cpu()
+        masks = meter.now() - started - sum(encoder) - sum(decoder)
+        return {"encoder": sum(encoder), "decoder": sum(decoder), "masks": masks}
 
-    rows = meter.take_turns({way: lambda way=way: run(way) for way in score}, repeats)
-    cached = rows["naive"] | {"encoder": rows["naive"]["encoder"] / G}
-    cached["total"] = sum(cached[phase] for phase in ("encoder", "decoder", "masks"))
-    rows = {"naive": rows["naive"], "cached": cached, "ours": rows["ours"]}
-    return rows, abs(ious["ours"] - ious["naive"]).max()
+    measured = meter.take_turns(run, ("naive", "ours"), repeats)
+    cached = measured["naive"]
+    naive = cached | {"encoder": G * cached["encoder"]}
+    rows = {"naive": naive, "cached": cached, "ours": measured["ours"]}
+    for row in rows.values():
+        row["total"] = sum(row.values())
+    return rows, (ious["ours"] - ious["naive"]).abs().max().item()
 
 
 def measure_memory(name: str, way: str) -> float:
     """Peak memory of one way above the weights, MiB: of all images, naive encodes one at a time."""
     sam, samples, prompts = make_case(name)
-    stopwatch = meter.Stopwatch()
     if way == "naive":
-        predictor = make_predictor(sam, stopwatch)
-        return meter.added_mib(score_naively, predictor, samples[:1], prompts[:1], stopwatch)
+        return meter.added_mib(score_naively, make_predictor(sam), samples[:1], prompts[:1])
     return meter.added_mib(SamScorer(sam, DEVICE.type).score, samples, prompts)
 
 
 def main() -> None:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sam_scoring", description=about)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sam_scoring")
     choices = ("tiny", "vit_b", "vit_l", "vit_h", "sam2")
     parser.add_argument("--sam", choices=choices, nargs="+", default=("tiny", "vit_b"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(meter.THREADS)
     for name in options.sam:
         rows, difference = measure_time(name, options.repeats)
-        limits = dict(threads=options.threads, malloc=meter.RETURN_FREED)
         for way in ("naive", "ours"):
-            rows[way]["MiB"] = meter.in_new_process(measure_memory, name, way, **limits)
-        title = f"{name}: B = {B}, G = {G}, {DEVICE}, {options.threads} threads, seconds"
+            rows[way]["MiB"] = meter.in_new_process(
+                measure_memory, name, way, malloc=meter.RETURN_FREED
+            )
+        title = f"{name}: B = {B}, G = {G}, {DEVICE}, {meter.THREADS} threads, seconds"
         meter.print_table(title, rows)
         print(f"largest difference of an IoU: {difference:.1e}")
 

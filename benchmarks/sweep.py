@@ -37,7 +37,6 @@ from plumbing.settings import parse_settings
 from plumbing.vlm import load_vlm
 from reward import SamPrompt, SamScorer
 
-ROOT = Path(__file__).resolve().parent.parent
 LAST = 20  # steps at the end of a run that are averaged
 MARK = 0.65  # sampled mask IoU; that of the base model is 0.32
 WINDOW = 11  # steps of the running mean: one step's IoU depends on which scenes it drew
@@ -124,33 +123,25 @@ def train(run: Path, name: str, flags: str) -> None:
     elif (run / "config.json").is_file():
         shutil.rmtree(run)  # killed before its first checkpoint
     program = ["-c", PATCH] if name == "wrong coordinates" else ["samr1_mini.py"]
-    command = [sys.executable, *program, "train", "--out", str(run.resolve()), *flags.split()]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, *program, "train", "--out", str(run), *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         last = " ".join(result.stderr.splitlines()[-2:])
         raise UserError(f"{run}: exit code {result.returncode}, {last}; the same command continues")
 
 
-def train_missing(sweep: Sweep, options: argparse.Namespace) -> None:
-    """Train all runs of a sweep that are not finished, `options.jobs` at a time.
-
-    A finished run with another number of steps cannot be compared: raises UserError.
-    """
-    missing = []
-    for seed in options.seeds:
+def train_missing(sweep: Sweep, out: Path, seeds: list[int], jobs: int) -> None:
+    """Train all runs of a sweep that are not finished, `jobs` at a time."""
+    pool = ThreadPoolExecutor(jobs)
+    started = []
+    for seed in seeds:
         for name, flags in sweep.settings.items():
-            run = run_folder(options.out, name, seed)
-            finished = read_run(run)
-            if finished is None:
-                always = f"--steps {options.steps} --eval_samples {options.eval_samples}"
-                missing.append((run, name, f"{always} --seed {seed} {flags}"))
-            elif (steps := len(finished["metrics"])) != options.steps:
-                problem = f"--steps {options.steps}: {run} was trained with {steps} steps"
-                raise UserError(f"{problem}: use --steps {steps}, or another folder with --out")
-    pool = ThreadPoolExecutor(options.jobs)
+            run = run_folder(out, name, seed)
+            if read_run(run) is None:
+                flags = f"--steps {sweep.steps} --seed {seed} {flags}"
+                started.append(pool.submit(train, run, name, flags))
     try:
-        jobs = [pool.submit(train, run, name, flags) for run, name, flags in missing]
-        for job in tqdm(as_completed(jobs), "sweep", len(jobs), unit="run"):
+        for job in tqdm(as_completed(started), "sweep", len(started), unit="run"):
             job.result()
     finally:  # also after Ctrl-C or an error: runs that have started save and stop, or finish
         pool.shutdown(cancel_futures=True)
@@ -225,7 +216,6 @@ def draw_dots(axes, rows: dict[str, list[dict]], column: str) -> None:
         axes.plot([k] * len(values), values, "o", color="C0", alpha=0.6)
         axes.plot(k, statistics.mean(values), "_", color="C1", markersize=24, markeredgewidth=2.5)
     axes.set_xticks(range(len(rows)), rows, fontsize=8, rotation=20)
-    axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -236,8 +226,6 @@ def draw_curves(axes, rows: dict[str, list[dict]], name: str) -> None:
             shown = label if run is runs[0] else None
             pictures.smooth(axes, run["metrics"], name, f"C{k}", label=shown)
     axes.set_title(name.replace("_", " "), fontsize=10)
-    if name == "kl":
-        axes.set_yscale("symlog", linthresh=1e-3)
 
 
 def draw_ablations(rows: dict[str, list[dict]]) -> Figure:
@@ -294,12 +282,11 @@ def draw_mask_or_box(rows: dict[str, list[dict]]) -> Figure:
     under both rewards: the first whose base answer has an IoU below 0.5. Beside them, the gIoU."""
     scorer = SamScorer(load_sam("tiny"))
     sorts = [target_sort(k) for k in range(SCENES)]
-    answers = {  # by reward, by seed
-        name: [answer_scenes(scorer, str(run["folder"] / "adapter")) for run in rows[name]]
-        for name in ("box", "mask")
-    }
     print("\n| reward | targets | mask IoU | points inside |\n|---|---|---|---|")
-    for name, seeds in answers.items():
+    answers = {}  # of the first seed, by reward
+    for name in ("box", "mask"):
+        seeds = [answer_scenes(scorer, str(run["folder"] / "adapter")) for run in rows[name]]
+        answers[name] = seeds[0]
         for title in ("hard", "plain"):
             chosen = [k for k, sort in enumerate(sorts) if (sort == "plain") == (title == "plain")]
             columns = ("iou", "points_inside")
@@ -311,11 +298,10 @@ def draw_mask_or_box(rows: dict[str, list[dict]]) -> Figure:
     firsts = [next((k for k in poor if sorts[k] == sort), 0) for sort in ("inlay", "ring", "plain")]
     figure = Figure(figsize=(12, 7.5), dpi=100, layout="constrained", facecolor="white")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
-    draw_scenes(left, scorer, firsts, {name: seeds[0] for name, seeds in answers.items()})
+    draw_scenes(left, scorer, firsts, answers)
     axes = right.subplots()
-    means = [np.mean([value(run, "giou") for run in runs]) for runs in rows.values()]
-    axes.bar(range(len(rows)), means, color="C0", alpha=0.25)
     draw_dots(axes, rows, "giou")
+    axes.set_ylim(bottom=0)
     axes.set_title("held-out gIoU, one dot for each seed", fontsize=10)
     return figure
 
@@ -331,8 +317,8 @@ def draw_scenes(figure, scorer: SamScorer, scenes: list[int], answers: dict) -> 
         prompts = [[SamPrompt(rows[k]["box"], rows[k]["points"])] for k in scenes]
         overlap = scorer.score(batch, prompts, keep_masks=True)
         for k, axes in enumerate(line):
-            pictures.draw_mask(axes, batch[k].image, overlap.masks[k][0].numpy(), pictures.FOUND)
-            pictures.draw_prompt(axes, prompts[k][0])
+            mask = overlap.masks[k][0].numpy()
+            pictures.draw_answer(axes, batch[k].image, mask, prompts[k][0])
             pictures.write_title(axes, f"{name} reward: IoU {overlap.iou[k, 0]:.2f}")
     pictures.draw_legend(figure)
 
@@ -345,32 +331,29 @@ PICTURES = {  # of TUTORIAL and README, in assets/
 
 
 def main(argv: list[str]) -> None:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=about)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep")
     parser.add_argument("sweep", choices=SWEEPS)
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the sweep")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--table", action="store_true", help="do not train")
-    parser.add_argument("--steps", type=int, help="default: those of the sweep")
-    parser.add_argument("--eval_samples", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--figure", type=Path, help="default: assets/SWEEP.png")
     options = parser.parse_args(argv)
-    sweep = SWEEPS[options.sweep]
-    options.steps = options.steps or sweep.steps
-    options.seeds = options.seeds or list(range(sweep.seeds))
+    name, out = options.sweep, options.out
+    sweep = SWEEPS[name]
+    seeds = options.seeds or list(range(sweep.seeds))
     if not options.table:
-        train_missing(sweep, options)
+        train_missing(sweep, out, seeds, options.jobs)
     rows = {}
-    for name in sweep.settings:
-        found = [read_run(run_folder(options.out, name, seed)) for seed in options.seeds]
-        rows[name] = [run for run in found if run]
+    for setting in sweep.settings:
+        found = [read_run(run_folder(out, setting, seed)) for seed in seeds]
+        rows[setting] = [run for run in found if run]
     if not any(rows.values()):
-        raise UserError(f"--out {options.out} has no finished run: leave out --table")
+        raise UserError(f"--out {out} has no finished run: leave out --table")
     print(table(sweep.columns.split(), rows))
-    if options.sweep in PICTURES and all(rows.values()):  # half a picture replaces no whole one
-        figure = options.figure or ROOT / "assets" / f"{options.sweep}.png"
-        save_figure(PICTURES[options.sweep](rows), figure)
+    if name in PICTURES and all(rows.values()):  # half a picture replaces no whole one
+        figure = options.figure or Path("assets") / f"{name}.png"
+        save_figure(PICTURES[name](rows), figure)
         print(f"written to {figure}")
 
 

@@ -24,13 +24,14 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import samr1_mini
 from data import Sample, Shapes
 from plumbing import pictures
-from plumbing.errors import UserError, exit_with_one_line
+from plumbing.errors import exit_with_one_line
 from plumbing.rewards import box_ious
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
@@ -38,17 +39,9 @@ from plumbing.scenes import Thing, points_inside, taught_thought
 from plumbing.settings import parse_settings
 from plumbing.starts import read_with_starts
 from plumbing.vlm import Policy, load_vlm
-from reward import (
-    Answer,
-    SamPrompt,
-    SamScorer,
-    intersection_and_union,
-    parse_answer,
-    sam_prompt,
-)
+from reward import Answer, SamPrompt, SamScorer, parse_answer, sam_prompt
 
-ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ("box", "points", "mask")
+THOUGHTS = ("own", "other", "right", "empty")
 GROUPS = {False: "the other object is elsewhere", True: "the two objects share a box"}
 
 
@@ -64,12 +57,14 @@ class Case(NamedTuple):
         """Whether the boxes overlap so much that a box on one thing can be on the other too."""
         return box_ious([self.target], [[SamPrompt(self.other.box, ())]]).item() > 0.5
 
-    def starts(self) -> dict[str, str]:
+    def start(self, name: str) -> str:
         """What the completion is made to begin with, by the name of the thought."""
         size = self.sample.image.size
-        other = thought(self.other, size)
-        right = thought(self.target, size)
-        return {"own": "", "other": other, "right": right, "empty": "<think></think>"}
+        if name == "other":
+            return thought(self.other, size)
+        if name == "right":
+            return thought(self.target, size)
+        return {"own": "", "empty": "<think></think>"}[name]
 
 
 class Reply(NamedTuple):
@@ -82,10 +77,10 @@ class Reply(NamedTuple):
     def on(self, thing: Thing) -> tuple[float, float, float]:
         """Whether the box is on a thing, which share of its points is, and whether the mask is."""
         box = box_ious([thing], [[self.prompt]]).item() > 0.5
-        truth = torch.from_numpy(thing.mask)
-        intersection, union = intersection_and_union(self.mask[None], truth, None)
         points = points_inside(self.prompt.points, thing.mask)
-        return float(box), points, float(intersection.item() > 0.5 * union.item())
+        mask = self.mask.numpy()
+        iou = (mask & thing.mask).sum() / (mask | thing.mask).sum()
+        return float(box), points, float(iou > 0.5)
 
 
 def find_cases(count: int) -> list[Case]:
@@ -123,13 +118,14 @@ def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> lis
 def replies(policy: Policy, scorer: SamScorer, cases: list[Case], s) -> dict[str, list[Reply]]:
     """The replies to all cases, by the name of the thought."""
     samples = [case.sample for case in cases]
+    sizes = [sample.image.size for sample in samples]
     found = {}
-    for name in cases[0].starts():
-        texts = complete(policy, samples, [case.starts()[name] for case in cases], s)
+    for name in THOUGHTS:
+        texts = complete(policy, samples, [case.start(name) for case in cases], s)
         answers = [parse_answer(text) for text in texts]
         prompts = [
-            sam_prompt(answer, policy.extent, *one.image.size)
-            for answer, one in zip(answers, samples, strict=True)
+            sam_prompt(answer, policy.extent, *size)
+            for answer, size in zip(answers, sizes, strict=True)
         ]
         masks = scorer.score(samples, [[prompt] for prompt in prompts], keep_masks=True).masks
         found[name] = [Reply(a, p, m[0]) for a, p, m in zip(answers, prompts, masks, strict=True)]
@@ -138,14 +134,14 @@ def replies(policy: Policy, scorer: SamScorer, cases: list[Case], s) -> dict[str
 
 def print_table(title: str, cases: list[Case], found: dict[str, list[Reply]]) -> None:
     """Print shares over the cases, in two groups: `Case.shared` or not."""
-    print(f"\n{title:42}" + "".join(f"{name:>16}" for name in COLUMNS))
+    print(f"\n{title:42}" + "".join(f"{name:>16}" for name in ("box", "points", "mask")))
     for shared, meaning in GROUPS.items():
         chosen = [k for k, case in enumerate(cases) if case.shared == shared]
         header = f"{meaning}, {len(chosen)} scenes"
-        print(f"{header:42}" + f"{'target':>9}{'other':>7}" * len(COLUMNS))
-        for name in found if chosen else ():
-            target = torch.tensor([found[name][k].on(cases[k].target) for k in chosen]).mean(0)
-            other = torch.tensor([found[name][k].on(cases[k].other) for k in chosen]).mean(0)
+        print(f"{header:42}" + f"{'target':>9}{'other':>7}" * 3)
+        for name in THOUGHTS:
+            target = np.mean([found[name][k].on(cases[k].target) for k in chosen], axis=0)
+            other = np.mean([found[name][k].on(cases[k].other) for k in chosen], axis=0)
             cells = (f"{a:9.3f}{b:7.3f}" for a, b in zip(target, other, strict=True))
             print(f"  {name + ' thought':40}" + "".join(cells))
 
@@ -158,37 +154,31 @@ def draw(cases: list[Case], found: dict[str, list[Reply]]) -> Figure:
     """
     right = [k for k, case in enumerate(cases) if found["own"][k].on(case.target)[2]]
     chosen = [k for shared in GROUPS for k in [k for k in right if cases[k].shared == shared][:2]]
-    figure = Figure(figsize=(3.4 * max(1, len(chosen)), 7.6), dpi=100, layout="constrained")
-    grid = figure.subplots(2, max(1, len(chosen)), squeeze=False)
-    for line, (name, title) in zip(grid, {"own": "own", "other": "forced"}.items(), strict=True):
-        for axes, k in zip(line, chosen, strict=False):
+    figure = Figure(figsize=(13.6, 7.6), dpi=100, layout="constrained")
+    for axes, name in zip(figure.subplots(2, 4), ("own", "other"), strict=True):
+        for cell, k in zip(axes, chosen, strict=False):
             sample, reply = cases[k].sample, found[name][k]
-            pictures.draw_mask(axes, sample.image, reply.mask.numpy(), pictures.FOUND)
-            pictures.draw_outline(axes, sample.mask, pictures.TRUTH)
-            pictures.draw_prompt(axes, reply.prompt)
-            pictures.write_title(axes, f"query: {sample.query}")
+            pictures.draw_answer(cell, sample.image, reply.mask.numpy(), reply.prompt, sample.mask)
+            pictures.write_title(cell, f"query: {sample.query}")
+            title = "own" if name == "own" else "forced"
             text = f'{title} thought: "{reply.answer.thought}"'
-            pictures.write_below(axes, textwrap.fill(text, 38))
+            pictures.write_below(cell, textwrap.fill(text, 38))
     pictures.draw_legend(figure)
     return figure
 
 
 def main(argv: list[str]) -> None:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.thoughts", description=about)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.thoughts")
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a trained run")
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes to look at")
-    figure = ROOT / "assets" / "thoughts.png"
-    parser.add_argument("--figure", type=Path, default=figure, help="figure to write")
+    parser.add_argument("--figure", type=Path, default="assets/thoughts.png", help="file to write")
     options = parser.parse_args(argv)
-    adapter = options.run / "adapter"
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"RUN {options.run} has no adapter: name the folder of a trained run")
     s = parse_settings("train", [])
     cases = find_cases(options.scenes)
     scorer = SamScorer(load_sam("tiny"))
-    for title, name in {"base model": "none", "trained model": str(adapter)}.items():
-        policy = load_vlm("tiny", "cpu", s.side, s.prompt, name)
+    folders = {"base model": "none", "trained model": str(options.run / "adapter")}
+    policies = {t: load_vlm("tiny", "cpu", s.side, s.prompt, f) for t, f in folders.items()}
+    for title, policy in policies.items():
         found = replies(policy, scorer, cases, s)
         print_table(title, cases, found)
     save_figure(draw(cases, found), options.figure)

@@ -9,8 +9,8 @@ from transformers import Cache, StaticCache
 
 from plumbing.vlm import Prompts
 
-# Caches are as long as a multiple of this number of tokens. So torch's allocator often finds memory
-# of the right size when the prompts of the next step have another length.
+# Tokens. A cache's length is rounded up to a multiple of this. So prompts of different steps often
+# give the same length, and torch's allocator can reuse the memory of the last step.
 BLOCK = 16
 
 
@@ -24,7 +24,7 @@ class StaticDecoder:
     def __init__(self, vlm, prefilled: Cache, prompts: Prompts, G: int, max_new_tokens: int):
         B, P = prompts.ids.shape
         device = vlm.device
-        length = -(-(P + max_new_tokens) // BLOCK) * BLOCK
+        length = -(-(P + max_new_tokens) // BLOCK) * BLOCK  # // rounds down, -(-x // B) up
         self.vlm = vlm
         self.cache = StaticCache(vlm.config, length)
         for static, grown in zip(self.cache.layers, prefilled.layers, strict=True):

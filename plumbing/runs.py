@@ -177,64 +177,79 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    out: Path, step: int, s, model, optimizer, generator, results: dict, scaler=None
-) -> None:
-    """Save all that an exact resume needs, and the adapter in peft's format with a model card.
+class Checkpoint:
+    """All that an exact resume needs, and the adapter in peft's format with a model card.
 
-    The order of the data and the learning rate follow from the step. results: for eval.json.
-    scaler: a GradScaler. It has a state in float16 only.
+    The order of the data and the learning rate follow from the step.
     """
-    # False: peft would ask the hub whether the base model's vocabulary has another size.
-    adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights.check_finite(adapter.items(), f"step {step}", "the last checkpoint stays: lower --lr")
-    state = {
-        "step": step,
-        "adapter": adapter,
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict() if scaler else {},
-        "generator": generator.get_state(),
-        "results": results,
-    }
-    with whole_file(out / "checkpoint" / "state.pt") as temporary:
-        torch.save(state, temporary)
-    with writing(out), tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)  # several files
-        (Path(folder) / "README.md").write_text(model_card(s, step, results))
-        (out / "adapter").mkdir(exist_ok=True)
-        share_weights(Path(folder))
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, out / "adapter" / file.name)
-    write_text(out / "eval.json", json.dumps(results, indent=2))
 
+    def __init__(self, out: Path, model, optimizer, generator, scaler):
+        """scaler: a GradScaler. It has a state in float16 only."""
+        self.out = out
+        self.file = out / "checkpoint" / "state.pt"
+        self.model = model
+        self.optimizer = optimizer
+        self.generator = generator
+        self.scaler = scaler
 
-def load_checkpoint(out: Path, model, optimizer, generator, scaler=None) -> tuple[int, dict]:
-    """Restore a checkpoint. Returns its step, and its results of "before" and "ceiling"."""
-    file = out / "checkpoint" / "state.pt"
-    if not file.is_file():
-        raise UserError(f"--resume: {out} has no checkpoint yet: start another run")
-    # Read to the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
-    state = weights.read_tensors(file, "--resume")
-    try:
-        weights.compare(
-            expected=weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False)),
-            given=weights.shapes(state["adapter"]),
-            what=f"--resume: the adapter in {file}",
-            mend="use the --vlm and the versions of peft and transformers that wrote it",
-        )
-        weights.check_finite(state["adapter"].items(), f"--resume: {file}", "start another run")
-        set_peft_model_state_dict(model, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        if scaler and state.get("scaler"):  # older checkpoints have none
-            scaler.load_state_dict(state["scaler"])
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        reason = f"does not fit this model and these settings ({reason_of(error)})"
-        raise UserError(f"--resume: {file} {reason}: start another run") from error
-    state["results"].pop("after", None)
-    return state["step"], state["results"]
+    def adapter(self) -> dict[str, torch.Tensor]:
+        # False: peft would ask the hub whether the base model's vocabulary has another size.
+        return get_peft_model_state_dict(self.model, save_embedding_layers=False)
+
+    def save(self, step: int, s, results: dict) -> None:
+        """Write checkpoint/, adapter/ and eval.json, which holds `results`."""
+        adapter = self.adapter()
+        mend = "the last checkpoint stays: lower --lr"
+        weights.check_finite(adapter.items(), f"step {step}", mend)
+        state = {
+            "step": step,
+            "adapter": adapter,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "results": results,
+        }
+        with whole_file(self.file) as temporary:
+            torch.save(state, temporary)
+        with writing(self.out), tempfile.TemporaryDirectory(dir=self.out, suffix=".tmp") as folder:
+            self.model.save_pretrained(folder, save_embedding_layers=False)  # several files
+            (Path(folder) / "README.md").write_text(model_card(s, step, results))
+            (self.out / "adapter").mkdir(exist_ok=True)
+            share_weights(Path(folder))
+            for file in sorted(Path(folder).iterdir()):
+                os.replace(file, self.out / "adapter" / file.name)
+        write_text(self.out / "eval.json", json.dumps(results, indent=2))
+
+    def load(self) -> tuple[int, dict]:
+        """Restore it. Returns its step, and its results of "before" and "ceiling".
+
+        Raises UserError, before anything is changed, if the adapter does not fit the model.
+        """
+        file = self.file
+        if not file.is_file():
+            raise UserError(f"--resume: {self.out} has no checkpoint yet: start another run")
+        # To the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
+        state = weights.read_tensors(file, "--resume")
+        try:
+            weights.compare(
+                expected=weights.shapes(self.adapter()),
+                given=weights.shapes(state["adapter"]),
+                what=f"--resume: the adapter in {file}",
+                mend="use the --vlm and the versions of peft and transformers that wrote it",
+            )
+            weights.check_finite(state["adapter"].items(), f"--resume: {file}", "start another run")
+            set_peft_model_state_dict(self.model, state["adapter"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            if state.get("scaler"):  # older checkpoints have none
+                self.scaler.load_state_dict(state["scaler"])
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can raise anything
+            reason = f"does not fit this model and these settings ({reason_of(error)})"
+            raise UserError(f"--resume: {file} {reason}: start another run") from error
+        state["results"].pop("after", None)
+        return state["step"], state["results"]
 
 
 def model_card(s, step: int, results: dict) -> str:
@@ -402,6 +417,7 @@ def describe(scores, completions, end: torch.Tensor) -> dict[str, float]:
     """
     names = ("reward", "accuracy", "think_format", "answer_format", "iou")
     row = {name: getattr(scores, name).mean().item() for name in names}
+    # The tiers of reward.TIERS as intervals (low, high]. -1 and 2 stand for "no bound".
     for value, low, high in ((2, 0.5, 0.7), (3, 0.7, 0.8), (4, 0.8, 2.0), (0, -1.0, 0.5)):
         inside = (scores.iou > low) & (scores.iou <= high)
         row[f"tier_{value}"] = inside.float().mean().item()

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Shapes, messages
 from plumbing.sam import load_sam
+from plumbing.vlm import vlm_path
 from reward import SamScorer
 
 torch.set_num_threads(1)  # the matrices are too small to share between threads
@@ -110,3 +111,58 @@ def policy_parts():
         banned=torch.tensor([getattr(config, name) for name in names]),
         read=read,
     )
+
+
+@pytest.fixture(scope="session")
+def thinking_qwen3vl(tmp_path_factory):
+    """A folder with a small random Qwen3-VL and the tiny model's tokenizer.
+
+    4 bit can divide its widths. Its chat template opens <think>, as those of thinking models do.
+    """
+    import transformers
+
+    tiny = transformers.AutoProcessor.from_pretrained(vlm_path("tiny"))
+    tokens = tiny.tokenizer
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=len(tokens),
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=16,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2]),
+            eos_token_id=tokens.eos_token_id,
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            patch_size=16,
+            spatial_merge_size=2,
+            out_hidden_size=128,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        tie_word_embeddings=True,
+        vision_start_token_id=tokens.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokens.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokens.convert_tokens_to_ids("<|video_pad|>"),
+    )
+    patches = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
+    patches["size"] = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
+    start = "<|im_start|>assistant\n"
+    assert start in tiny.chat_template
+    folder = tmp_path_factory.mktemp("qwen3vl")
+    transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(**patches),
+        tokenizer=tokens,
+        video_processor=transformers.Qwen3VLVideoProcessor(**patches),
+        chat_template=tiny.chat_template.replace(start, start + "<think>\n"),
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    return folder

@@ -143,11 +143,10 @@ def messages(student, tmp_path_factory):
             text = handout.remove_solutions(script, range(number + 1, 11))
             (tree / script).write_text(text)
         runs[number] = (tree, f"exercise_{number}")
-    options = (
-        "-q --tb=line -p no:cacheprovider -W ignore::pytest.PytestAssertRewriteWarning".split()
-    )
+    options = ["-q", "--tb=line", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", *grade.TESTS]
     lines = [
-        (str(tree), [*options, *grade.TESTS, "-m", marks, f"--junitxml={folder}/{name}.xml"])
+        (str(tree), [*options, "-m", marks, f"--junitxml={folder}/{name}.xml"])
         for name, (tree, marks) in runs.items()
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -201,15 +200,12 @@ def solve(text, name, body):
 def test_grader_takes_bodies_and_new_functions_only():
     reference = "from m import load\nLIMIT = 3\ndef f(x):\n    'Doc.'\n    return 0\n"
     reference += "def g(x):\n    return load(max(x, LIMIT))\n"
-    student = (
-        "def f(y, x=1):\n    'Mine.'\n    return helper(x)\ndef helper(x):\n    return 2 * x\n"
-    )
+    student = "def f(y, x=1):\n    'Mine.'\n    return helper(x)\n"
+    student += "def helper(x):\n    return 2 * x\n"
     others = ("g", "load", "LIMIT", "max")
     student += "\n".join(f"def {name}(x):\n    return 'mine'" for name in others)
-    expected = ast.unparse(
-        ast.parse(reference.replace("return 0", "'Mine.'\n    return helper(x)"))
-    )
-    expected += "\n\ndef helper(x):\n    return 2 * x"
+    expected = reference.replace("return 0", "'Mine.'\n    return helper(x)")
+    expected = ast.unparse(ast.parse(expected)) + "\n\ndef helper(x):\n    return 2 * x"
     assert grade.insert_solution(reference, student, ["f"]) == expected
 
 
@@ -270,16 +266,10 @@ def test_each_exercise_is_graded_on_its_own(student, tmp_path):
 
 # What a solution might do. Name: (its lines, passed tests, tests, text in the remark)
 HOSTILE = {
-    "right": ("return 1", 2, 2, ""),
     "one test fails": ("return 1 if x else 0", 1, 2, "test_two: assert"),
     "skip": ("import pytest; return 1 if x else pytest.skip('hard')", 1, 2, "test_two: hard"),
     "end the process": ("import os; return 1 if x else os._exit(0)", 0, 0, "ended before"),
-    "end the session": (
-        "import pytest; return 1 if x else pytest.exit('', 0)",
-        0,
-        0,
-        "ended before",
-    ),
+    "end the session": ("import pytest; x or pytest.exit('', 0); return 1", 0, 0, "ended before"),
     "print": ("for _ in range(200_000): print('x' * 1000)\nreturn 1", 2, 2, ""),
     "endless loop": ("while True: pass", 0, 0, "stopped after 4 seconds"),
 }

@@ -21,19 +21,19 @@ from plumbing.errors import UserError
 from plumbing.scenes import interior_points
 from plumbing.settings import parse_settings
 from plumbing.starts import append_tokens
-from plumbing.vlm import Prompts, load_vlm
+from plumbing.vlm import load_vlm
 from tiny.make_vlm import write_answer
 
-QUICK = "--prompts_per_step 2 --group_size 4 --max_new_tokens 32 --save_every 100"
+QUICK = "--eval_samples 8 --prompts_per_step 2 --group_size 4 --max_new_tokens 32"
+RISE = [(step - 0.5) / 100 for step in range(1, 101)]  # its centred mean is the curve itself
 
 
-def finish(run: Path, ious: list[float], giou: float = 0.5) -> None:
+def finish(run: Path, ious: list[float], giou: float) -> None:
     """Write the files of a finished run whose sampled IoU has these values."""
     run.mkdir(parents=True)
-    metrics = dict.fromkeys(("giou", "ciou", "box", "points", "boxonly"), giou)
-    (run / "eval.json").write_text(
-        json.dumps(dict.fromkeys(("before", "after", "ceiling"), metrics))
-    )
+    metrics = dict.fromkeys(("giou", "ciou"), giou)
+    results = dict.fromkeys(("before", "after", "ceiling"), metrics)
+    (run / "eval.json").write_text(json.dumps(results))
     rows = [{"step": k, "iou": iou, "kl": 0.1, "entropy": 0.2} for k, iou in enumerate(ious, 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -44,24 +44,22 @@ def finish(run: Path, ious: list[float], giou: float = 0.5) -> None:
 
 
 def test_steps_until_a_mark():
-    rise = [(step - 0.5) / 100 for step in range(1, 101)]  # its centred mean is the curve itself
-    assert sweep.steps_until(rise, 0.65) == 66
-    assert sweep.steps_until(rise[::-1], 0.65) == 6  # the first step at which the window fits
-    assert sweep.steps_until([0.6] * 100, 0.65) == math.inf
-    lucky = [0.3] * 20 + [1.0] + [0.3] * 20 + [0.9] * 20
-    assert sweep.steps_until(lucky, 0.65) > 40
+    assert sweep.steps_until(RISE, 0.65) == 66
+    assert sweep.steps_until(RISE[::-1], 0.65) == 6  # the first step at which the window fits
+    assert sweep.steps_until([0.3] * 20 + [1.0] + [0.3] * 20, 0.65) == math.inf  # a lucky step
     failed, tried = doctest.testmod(sweep)
     assert tried and not failed
 
 
 def test_the_table_and_the_picture_of_finished_runs(tmp_path, capsys):
     """One seed passes the mark at step 66, one at its start, one never."""
-    rise = [(step - 0.5) / 100 for step in range(1, 101)]
-    for name in sweep.SWEEPS["ablations"].settings:
-        for seed, curve in enumerate((rise, rise[::-1], [0.1] * 100)):
-            finish(sweep.run_folder(tmp_path, name, seed), curve, giou=0.5 + seed / 10)
     figure = tmp_path / "figure.png"
     argv = ["ablations", "--table", "--out", str(tmp_path), "--figure", str(figure)]
+    with pytest.raises(UserError, match="has no finished run"):
+        sweep.main(argv)
+    for name in sweep.SWEEPS["ablations"].settings:
+        for seed, curve in enumerate((RISE, RISE[::-1], [0.1] * 100)):
+            finish(sweep.run_folder(tmp_path, name, seed), curve, giou=0.5 + seed / 10)
     sweep.main(argv)
     (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("| raw IoU"))
     cells = [cell.strip() for cell in line.split("|")][2:-1]
@@ -77,25 +75,14 @@ def test_the_table_and_the_picture_of_finished_runs(tmp_path, capsys):
     assert figure.read_bytes() == b"the whole picture"
 
 
-@pytest.mark.parametrize("name", sweep.SWEEPS)
-def test_settings_are_flags_and_folders_differ(name):
-    settings = sweep.SWEEPS[name].settings
-    for flags in settings.values():
-        parse_settings("train", flags.split())  # raises if they are no flags
-    assert len({sweep.run_folder(Path(), setting, 0) for setting in settings}) == len(settings)
-    others = [s.settings for other, s in sweep.SWEEPS.items() if other != name]
-    for shared in {setting for other in others for setting in other} & set(settings):
-        assert all(other[shared] == settings[shared] for other in others if shared in other)
-
-
-def test_a_table_without_runs_and_runs_of_another_length_are_refused(tmp_path, monkeypatch):
-    """A short trial in the shared folder must not become a point of the long sweep."""
-    with pytest.raises(UserError, match="has no finished run"):
-        sweep.main(["mask_or_box", "--table", "--out", str(tmp_path)])
-    finish(sweep.run_folder(tmp_path, "mask", 0), [0.5] * 20)
-    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("it must not train"))
-    with pytest.raises(UserError, match="--steps 200: .*mask-0 was trained with 20 steps"):
-        sweep.main(["mask_or_box", "--out", str(tmp_path)])
+def test_settings_are_flags_and_a_name_means_the_same_in_two_sweeps():
+    flags = {}
+    for name in ("mask_or_box", "ablations"):  # as long as each other, so they share runs
+        for setting, value in sweep.SWEEPS[name].settings.items():
+            assert flags.setdefault(setting, value) == value
+    for one in sweep.SWEEPS.values():
+        for value in one.settings.values():
+            parse_settings("train", value.split())  # raises if they are no flags
 
 
 def test_a_run_that_fails_is_named_and_an_interrupted_one_resumes(tmp_path, monkeypatch):
@@ -120,31 +107,29 @@ def test_a_run_that_fails_is_named_and_an_interrupted_one_resumes(tmp_path, monk
 def test_a_sweep_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     """Three runs are finished. The fourth was killed before its first checkpoint."""
     monkeypatch.setattr(sweep, "SCENES", 24)
-    runs = {n: sweep.run_folder(tmp_path, n, 0) for n in sweep.SWEEPS["mask_or_box"].settings}
-    *finished, killed = runs.values()
-    flags = f"--steps 2 --eval_samples 2 {QUICK}"
-    sweep.train(runs["mask"], "mask", flags)
-    for run in finished[1:]:
-        shutil.copytree(runs["mask"], run)
+    settings = {
+        name: QUICK + f" --accuracy {a}" for name, a in (("mask", "tiered"), ("box", "box"))
+    }
+    short = sweep.Sweep(settings, "giou box", seeds=1, steps=2)
+    monkeypatch.setitem(sweep.SWEEPS, "mask_or_box", short)
+    finished, killed = tmp_path / "mask-0", tmp_path / "box-0"
+    sweep.train(finished, "mask", f"--steps 2 {QUICK}")
     killed.mkdir()
     (killed / "config.json").write_text("{}")
-    before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in finished]
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
     figure = tmp_path / "figure.png"
-    argv = f"mask_or_box --seeds 0 --steps 2 --eval_samples 2 --out {tmp_path} --figure {figure}"
-    sweep.main(argv.split())
-    assert before == [(run / "metrics.jsonl").stat().st_mtime_ns for run in finished]
-    assert json.loads((killed / "config.json").read_text())["accuracy"] == "segzero_mask"
+    sweep.main(["mask_or_box", "--out", str(tmp_path), "--figure", str(figure)])
+    assert before == (finished / "metrics.jsonl").stat().st_mtime_ns
+    assert json.loads((killed / "config.json").read_text())["accuracy"] == "box"
     printed = capsys.readouterr().out
     assert "not run" not in printed and Image.open(figure).width > 500
-    hard, plain = ([r for r in printed.splitlines() if f" {t} | " in r] for t in ("hard", "plain"))
-    assert len(hard) == len(plain) == 2
-    assert hard[0].replace("box", "mask") == hard[1]  # copies of one run
+    assert printed.count(" hard | ") == printed.count(" plain | ") == 2
 
 
 @pytest.mark.slow
 def test_the_run_with_wrong_coordinates_reads_thousandths(tmp_path):
     run = tmp_path / "wrong"
-    sweep.train(run, "wrong coordinates", f"--steps 1 --eval_samples 8 {QUICK}")
+    sweep.train(run, "wrong coordinates", f"--steps 1 {QUICK}")
     before = sweep.read_run(run)["before"]
     assert before["format"] > 0.5 and before["box"] == 0  # all boxes lie in a corner
 
@@ -158,11 +143,11 @@ def test_ways_take_turns_and_the_first_turn_warms_up():
     order = []
     times = {"ours": [9.0, 1.0, 5.0, 3.0], "theirs": [9.0, 2.0, 2.0, 8.0]}
 
-    def way(name: str) -> dict[str, float]:
-        order.append(name)
-        return {"seconds": times[name].pop(0)}
+    def measure(way: str) -> dict[str, float]:
+        order.append(way)
+        return {"seconds": times[way].pop(0)}
 
-    rows = meter.take_turns({name: lambda name=name: way(name) for name in times}, repeats=3)
+    rows = meter.take_turns(measure, ("ours", "theirs"), repeats=3)
     assert rows == {"ours": {"seconds": 3.0}, "theirs": {"seconds": 2.0}}
     assert order == ["ours", "theirs"] * 4
 
@@ -172,20 +157,13 @@ def allocate(mib: int) -> None:
 
 
 def test_the_meter_sees_the_memory_of_a_call():
-    found = meter.in_new_process(meter.added_mib, allocate, 64, threads=1, malloc={})
-    assert 60 < found < 80
+    assert 60 < meter.in_new_process(meter.added_mib, allocate, 64) < 80
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_at_toy_size_and_reports_a_missing_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(meter, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(gpu_24gb, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr("sys.argv", ["gpu_24gb.py"])
-    gpu_24gb.main()
-    assert "no CUDA device" in capsys.readouterr().out
-    found = gpu_24gb.run_part("qwen2b", steps=2, toy=True)
+def test_the_gpu_benchmark_runs_at_toy_size():
+    found = gpu_24gb.run_part("qwen2b", toy=True)
     assert found["ratio"] == 1 and found["packed"] < 1e-5 and found["graph"] < 1e-5
-    assert not found["graph_recorded"]
     table = gpu_24gb.markdown({"qwen2b": found, "qwen3b": {"skipped": "why"}}).splitlines()
     assert len({line.count("|") for line in table}) == 1
 
@@ -195,10 +173,9 @@ def test_our_side_of_the_comparison_with_trl_trains(tmp_path):
     """vs_trl.py replaces functions of samr1_mini, so their signatures must agree."""
     from benchmarks import vs_trl
 
-    small = "--group_size 4 --prompts_per_step 2 --max_new_tokens 8"
-    flags = f"{vs_trl.ALWAYS} {vs_trl.FLAGS['small']} --steps 3 {small} --out {tmp_path / 'run'}"
+    flags = f"{vs_trl.ALWAYS} {vs_trl.FLAGS['small']} {QUICK} --steps 3 --out {tmp_path / 'run'}"
     result = vs_trl.train_ours(parse_settings("train", flags.split()), "small")
-    assert len(result["length"]) == 3 and all(0 < length <= 8 for length in result["length"])
+    assert len(result["reward"]) == 3 and result["MiB added"] >= 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,45 +183,24 @@ def test_our_side_of_the_comparison_with_trl_trains(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def settings():
-    return parse_settings("train", [])
-
-
-@pytest.fixture(scope="module")
-def policy(settings):
-    return load_vlm("tiny", "cpu", settings.side, settings.prompt)
-
-
-@pytest.fixture(scope="module")
-def own(policy, settings):
-    """Samples, their prompts, greedy completions (12, 1, T), and the tokens where each one starts.
-
-    Most starts end after the thought. Each third one is longer or empty, so that they are padded.
-    """
+def test_forced_tokens_are_computed_like_sampled_ones():
+    """After its own thought the policy gives its own answer. A token's log-prob after a forced
+    thought is that of a forward pass over the whole completion."""
+    s = parse_settings("train", [])
+    policy = load_vlm("tiny", "cpu", s.side, s.prompt)
     samples = [Shapes("heldout")[i] for i in range(12)]
     prompts = policy.read(samples)
-    completions = samr1_mini.sample_completions(policy, prompts, settings, greedy=True)
+    completions = samr1_mini.sample_completions(policy, prompts, s, greedy=True)
     last = policy.processor.tokenizer.convert_tokens_to_ids("</think>")
-    starts = []
+    starts = []  # most end after the thought; others are longer or empty, so that they are padded
     for b, row in enumerate(completions.ids[:, 0].tolist()):
-        end = row.index(last) + 1 if last in row else 0  # 0: a completion without a thought
+        end = row.index(last) + 1 if last in row else 0
         starts.append(row[: (end + 3, end, 0, end)[b % 4]])
-    assert sum(start[-1:] == [last] for start in starts) >= 3
     assert len({len(start) for start in starts}) >= 3
-    return samples, prompts, completions, starts
 
-
-def test_after_its_own_thought_the_policy_gives_its_own_answer(policy, settings, own):
-    samples, _, completions, starts = own
     texts = policy.processor.batch_decode(starts)
     expected = [group[0] for group in policy.texts(completions)]
-    assert thoughts.complete(policy, samples, texts, settings) == expected
-
-
-def test_forced_tokens_are_computed_like_sampled_ones(policy, own):
-    """A token's log-prob after a forced thought is that of a forward pass over the completion."""
-    _, prompts, completions, starts = own
+    assert thoughts.complete(policy, samples, texts, s) == expected
     full, _ = group_logprobs(policy.model, prompts, completions, policy.banned)
     forced = append_tokens(prompts, starts)
     for b, start in enumerate(starts):
@@ -252,16 +208,6 @@ def test_forced_tokens_are_computed_like_sampled_ones(policy, own):
         answer = Completions(ids, mask)
         after, _ = group_logprobs(policy.model, forced[b : b + 1], answer, policy.banned)
         torch.testing.assert_close(after[0], full[b, :, len(start) :], atol=1e-4, rtol=0)
-
-
-def test_appended_tokens():
-    """Two prompts, one of them padded. Two tokens and one continue after the largest position."""
-    ids = torch.tensor([[0, 7, 8], [4, 5, 6]])
-    positions = torch.tensor([[[1, 0, 3], [0, 1, 2]]] * 3)
-    found = append_tokens(Prompts(ids, ids > 0, positions, "vision"), [[9, 9], [9]])
-    assert found.ids.tolist() == [[7, 8, 9, 9], [4, 5, 6, 9]]
-    assert found.mask.all() and found.vision == "vision"
-    assert found.positions[2].tolist() == [[0, 3, 4, 5], [0, 1, 2, 3]]
 
 
 def test_cases_have_another_thing_that_looks_different():
@@ -273,23 +219,21 @@ def test_cases_have_another_thing_that_looks_different():
         near = [max(abs(np.subtract(case.target.box, thing.box))) <= 3 for thing in things]
         assert sum(near) == (2 if case.shared else 1)  # such a thing is preferred
         taught = write_answer(case.other, image.size, case.other.box, (case.other.centre,) * 2)
-        assert taught.startswith(case.starts()["other"] + "<answer>")
+        assert taught.startswith(case.start("other") + "<answer>")
 
 
 def test_a_reply_is_on_the_thing_that_box_points_and_mask_name():
     case = next(case for case in thoughts.find_cases(60) if case.shared)
     prompt = thoughts.SamPrompt(case.other.box, interior_points(case.other.mask))
-    mask = torch.from_numpy(case.other.mask)
-    reply = thoughts.Reply(thoughts.parse_answer(""), prompt, mask)
+    reply = thoughts.Reply(None, prompt, torch.from_numpy(case.other.mask))
     assert reply.on(case.other) == (1.0, 1.0, 1.0)
     assert reply.on(case.target) == (1.0, 0.0, 0.0)  # the box cannot tell them apart
 
 
 @pytest.mark.slow
-def test_an_untrained_adapter_has_the_base_models_table(settings, tmp_path, capsys):
-    with pytest.raises(UserError, match="has no adapter"):
-        thoughts.main([str(tmp_path)])
-    base = load_vlm("tiny", "cpu", settings.side, settings.prompt)
+def test_an_untrained_adapter_has_the_base_models_table(tmp_path, capsys):
+    s = parse_settings("train", [])
+    base = load_vlm("tiny", "cpu", s.side, s.prompt)
     samr1_mini.add_lora(base.model, rank=2, seed=0).save_pretrained(tmp_path / "adapter")
     figure = tmp_path / "figure.png"
     thoughts.main([str(tmp_path), "--scenes", "24", "--figure", str(figure)])

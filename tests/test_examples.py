@@ -55,20 +55,16 @@ def test_trl_reward_equals_the_reward_in_any_order(scorer, samples, monkeypatch)
     index = [2, 0, 1, 0, 2, 2]  # groups of different sizes, mixed
     texts = [answer(third), answer(first), "no idea", answer(first, think=False)]
     texts += [answer(second), "<think>"]
-    pairs = [(samples[k], text) for k, text in zip(index, texts, strict=True)]
-    alone = [score_completions(scorer, [sample], [[text]], SIDE) for sample, text in pairs]
+    pairs = zip(index, texts, strict=True)
+    alone = [score_completions(scorer, [samples[k]], [[text]], SIDE) for k, text in pairs]
     expected = [score.reward.item() for score in alone]
     assert len(set(expected)) > 2
     encoded, encode = [], scorer.encode
     monkeypatch.setattr(scorer, "encode", lambda images: encoded.extend(images) or encode(images))
     reward = trl_grpo.trl_reward(scorer, trl_grpo.Samples(samples, POLICY, 6), "tiered")
-    means, columns = {}, {}
-    logs = {"log_metric": means.__setitem__, "log_extra": columns.__setitem__}
-    assert reward(conversations(texts), index, prompts=index, **logs) == expected
-    assert len(encoded) == 3
-    assert columns["index"] == index
-    ious = torch.tensor([score.iou.item() for score in alone])
-    torch.testing.assert_close(torch.tensor(columns["iou"]), ious, atol=1e-3, rtol=0)
+    means = {}
+    assert reward(conversations(texts), index, log_metric=means.__setitem__) == expected
+    assert len(encoded) == 3  # each image once
     for name in ("iou", "accuracy", "think_format", "answer_format"):
         mean = sum(getattr(score, name).item() for score in alone) / len(alone)
         assert means[name] == pytest.approx(mean, abs=1e-3), name
@@ -78,11 +74,11 @@ def test_the_reward_reads_the_prompts_form_and_a_thinking_models_opening(scorer,
     """A thinking model's template writes <think> at the end of the prompt."""
     policy = SimpleNamespace(**vars(POLICY) | {"prompt": "visionreasoner", "opening": "<think>"})
     text = 'it</think><answer>[{"bbox_2d": [8, 8, 40, 40], "point_2d": [20, 20]}]</answer>'
-    rewards = {}
+    rewards = []
     for one in (POLICY, policy):
         reward = trl_grpo.trl_reward(scorer, trl_grpo.Samples(samples, one, 2), "tiered")
-        (rewards[one.prompt],) = reward(conversations([text]), [0])
-    assert rewards["brief"] == 0 and rewards["visionreasoner"] >= 2  # two formats
+        rewards += reward(conversations([text]), [0])
+    assert rewards[0] == 0 and rewards[1] >= 2  # two formats
 
 
 def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
@@ -95,11 +91,9 @@ def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
     source = trl_grpo.Samples(Broken(samples[:4]), POLICY, 4)
     rows = source.rows([{"index": 1}, {"index": 0}, {"index": 1}])
     assert [row["index"] for row in rows] == [1, 0, 1]
-    assert [row["image"].size for row in rows] == [(SIDE, SIDE)] * 3
     texts = [row["prompt"][-1]["content"][-1]["text"] for row in rows]
     assert texts == [f"find {samples[k].query}" for k in (3, 0, 3)]
-    said = capsys.readouterr().err
-    assert said.count("photograph 1 is missing") == said.count("photograph 2 is missing") == 1
+    assert capsys.readouterr().err.count("photograph 1 is missing") == 1
     means = {}
     reward = trl_grpo.trl_reward(scorer, source, "tiered")
     completion = conversations([answer(samples[3])])
@@ -115,8 +109,7 @@ def test_flags_are_those_of_train():
             trl_grpo.parse_settings([flag])
 
 
-@pytest.mark.parametrize("save_memory", [0, 2])
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes, save_memory", [(1, 0), (4, 2)])
 def test_processes_share_the_completions_of_a_step(processes, save_memory):
     flags = "--prompts_per_step 8 --group_size 6 --minibatches 2 --epochs 3 --steps 5"
     s = trl_grpo.parse_settings([*flags.split(), "--save_memory", str(save_memory)])
@@ -196,9 +189,6 @@ def test_two_processes_do_what_one_does(scorer, tmp_path, monkeypatch):
     moved = [weight.abs().max() for name, weight in trained.items() if "lora_B" in name]
     assert max(moved) > 5e-4  # zero before training
 
-    samr1_mini.main(f"eval --adapter {both}/adapter --limit 2 --out {tmp_path}/eval".split())
-    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["both"]["n"] == 2
-
 
 @pytest.mark.slow
 def test_an_interrupted_run_continues_and_a_finished_one_does_not(tmp_path, monkeypatch):
@@ -219,6 +209,8 @@ def test_an_interrupted_run_continues_and_a_finished_one_does_not(tmp_path, monk
             trl_grpo.main(f"{flags} --out {parts}".split())
     assert len(metrics(parts)) == 1
     trl_grpo.main(f"--resume --out {parts}".split())
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: pytest.fail("it trains"))
+    trl_grpo.main(f"--resume --out {parts}".split())  # nothing is left to train
     assert metrics(parts) == metrics(whole)
     assert [row["step"] for row in metrics(parts)] == [1, 2]
     assert sum(row["skipped"] for row in metrics(parts)) and metrics(parts)[1]["grad_norm"]

@@ -6,69 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoProcessor,
-    Qwen2VLImageProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
 
 import samr1_mini
 from data import Shapes, messages
-from grpo import group_logprobs, rollout
+from grpo import Completions, group_logprobs, rollout
 from plumbing.rewards import true_box
 from plumbing.scenes import interior_points
 from plumbing.vlm import Policy, load_vlm, vlm_path
-
-
-@pytest.fixture(scope="module")
-def qwen3vl(tmp_path_factory):
-    """A folder with a Qwen3-VL of 0.1 million random weights and the tiny model's tokenizer."""
-    tiny = AutoProcessor.from_pretrained(vlm_path("tiny"))
-    tokens = tiny.tokenizer
-    config = Qwen3VLConfig(
-        text_config=dict(
-            vocab_size=len(tokens),
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            num_key_value_heads=3,
-            head_dim=16,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2]),
-            eos_token_id=tokens.eos_token_id,
-        ),
-        vision_config=dict(
-            depth=3,
-            hidden_size=48,
-            intermediate_size=64,
-            num_heads=3,
-            patch_size=16,
-            spatial_merge_size=2,
-            out_hidden_size=48,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
-        vision_start_token_id=tokens.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokens.convert_tokens_to_ids("<|vision_end|>"),
-        image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokens.convert_tokens_to_ids("<|video_pad|>"),
-    )
-    torch.manual_seed(0)
-    patches = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
-    patches["size"] = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**patches),
-        tokenizer=tokens,
-        video_processor=Qwen3VLVideoProcessor(**patches),
-        chat_template=tiny.chat_template,
-    )
-    folder = tmp_path_factory.mktemp("qwen3vl")
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+from reward import parse_answer
 
 
 def separate_forward(policy, sample, completion):
@@ -93,9 +38,9 @@ def separate_forward(policy, sample, completion):
     return logits.log_softmax(-1)[torch.arange(len(completion)), completion]
 
 
-def test_qwen3vl_logprobs_equal_a_separate_forward(qwen3vl):
+def test_qwen3vl_logprobs_equal_a_separate_forward(thinking_qwen3vl):
     """Its vision tower feeds several layers (deepstack). Slicing prompts must slice all of them."""
-    policy = load_vlm(str(qwen3vl), device="cpu", side=96, prompt="brief")
+    policy = load_vlm(str(thinking_qwen3vl), device="cpu", side=96, prompt="brief")
     assert policy.coordinates == "thousandths" and policy.extent == 1000
     batch = [Shapes("heldout")[i] for i in range(3)]
     prompts = policy.read(batch)
@@ -120,13 +65,26 @@ def test_qwen3vl_logprobs_equal_a_separate_forward(qwen3vl):
             assert torch.allclose(whole[b, g, : len(completion)], expected, atol=1e-4)
 
 
+def test_think_opened_by_the_chat_template_is_judged_with_the_completion(thinking_qwen3vl):
+    answer = '{"bbox":[1,2,3,4],"points_1":[1,2],"points_2":[2,3]}'
+    said = f"the red</think><answer>{answer}</answer>"
+    for name, opening in ((str(thinking_qwen3vl), "<think>"), ("tiny", "")):
+        policy = load_vlm(name, "cpu", 96, "brief")
+        ids = torch.tensor(policy.processor.tokenizer(said)["input_ids"])[None, None]
+        texts = policy.texts(Completions(ids, torch.ones_like(ids, dtype=torch.bool)))
+        assert policy.opening == opening and texts == [[opening + said]]
+        assert parse_answer(texts[0][0]).think_format == bool(opening)
+
+
 @pytest.mark.slow
-def test_qwen3vl_trains_from_the_command_line(qwen3vl, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "4bit"])
+def test_qwen3vl_trains_from_the_command_line(dtype, thinking_qwen3vl, tmp_path):
+    if dtype == "4bit":
+        pytest.importorskip("bitsandbytes")
     flags = "--side 96 --steps 1 --eval_samples 2 --prompts_per_step 2 --group_size 2"
-    flags += " --max_new_tokens 6 --save_memory 2"
-    run = tmp_path / "run"
-    samr1_mini.main(["train", "--vlm", str(qwen3vl), *flags.split(), "--out", str(run)])
-    assert json.loads((run / "config.json").read_text())["side"] == 96
+    flags += f" --max_new_tokens 6 --save_memory 2 --dtype {dtype} --out {tmp_path}/run"
+    samr1_mini.main(["train", "--vlm", str(thinking_qwen3vl), *flags.split()])
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_a_small_model_takes_one_thread_under_any_name():

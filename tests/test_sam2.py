@@ -1,7 +1,6 @@
 """Tests of plumbing/sam2.py with a SAM 2 of random weights: masks against transformers' own model
 and processor, the scorer, the commands, and what `--sam sam2:...` refuses."""
 
-import copy
 import json
 import shutil
 
@@ -29,8 +28,6 @@ from reward import SamPrompt, SamScorer, score_completions
 
 SIDE = 128  # of the square that the encoder sees, pixels
 SIZES = ((96, 96), (150, 60), (40, 110), (128, 128))  # W, H of the images; the last needs no resize
-
-
 BACKBONE = dict(
     model_type="sam2_hiera_det_model",
     hidden_size=8,
@@ -174,39 +171,19 @@ def test_masks_equal_those_of_the_models_own_processor(folder, scorer2, photos, 
 
 
 def test_chunks_do_not_change_the_masks(sam2, scorer2, photos, mixed, monkeypatch):
-    """Without limits, each image is encoded once and each sort of prompt decoded in one call."""
-    images = []
-    prompts = []
-    hooks = [
-        sam2.vision_encoder.register_forward_pre_hook(lambda _, x: images.append(len(x[0]))),
-        sam2.mask_decoder.register_forward_pre_hook(
-            lambda _, x, inputs: prompts.append(len(inputs["sparse_prompt_embeddings"])),
-            with_kwargs=True,
-        ),
-    ]
     whole = scorer2.score(photos, mixed, keep_masks=True)
-    assert (images, prompts) == ([4], [8, 4, 4, 4, 4])  # not for the empty prompts
-    images.clear()
-    prompts.clear()
+    sizes = []
+    hook = sam2.mask_decoder.register_forward_pre_hook(
+        lambda _, x, inputs: sizes.append(len(inputs["sparse_prompt_embeddings"])),
+        with_kwargs=True,
+    )
     # The largest level holds 2 x 32 x 32 numbers an image.
     monkeypatch.setitem(reward.DECODER_BYTES, "cpu", 3 * 4 * 2 * 32 * 32)
     parts = SamScorer(sam2, encoder_batch=3).score(photos, mixed, keep_masks=True)
-    assert (images, prompts) == ([3, 1], [3, 3, 2] + [3, 1] * 4)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
+    assert sizes == [3, 3, 2] + [3, 1] * 4  # not for the empty prompts
     for a, b in zip(whole.masks, parts.masks, strict=True):
         assert (a != b).float().mean() < 1e-3
-
-
-def test_sam2_in_host_memory_gives_the_same_masks_and_stays_frozen(sam2, photos, mixed, scorer2):
-    other = copy.deepcopy(sam2).train()
-    host = [weight.data_ptr() for weight in other.parameters()]
-    found = SamScorer(other, offload=True).score(photos, mixed)
-    assert torch.equal(found.iou, scorer2.score(photos, mixed).iou)
-    assert [weight.data_ptr() for weight in other.parameters()] == host  # nothing was copied back
-    assert all(map(torch.equal, other.state_dict().values(), sam2.state_dict().values()))
-    assert not any(weight.requires_grad for weight in other.parameters())
-    assert not any(module.training for module in other.modules())
 
 
 def test_only_the_encoder_runs_in_16_bits(sam2, scorer2, photos, mixed, monkeypatch):
@@ -233,23 +210,17 @@ def test_only_the_encoder_runs_in_16_bits(sam2, scorer2, photos, mixed, monkeypa
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_model_for_videos_is_loaded_without_a_warning(tmp_path, capfd):
-    """The hub's folders hold these."""
+def test_a_model_for_videos_in_16_bits_is_loaded_in_float32_without_a_warning(tmp_path, capfd):
+    """The hub's folders hold models for videos."""
     memory = dict(memory_encoder_hidden_size=16, memory_encoder_output_channels=8)
-    video = Sam2VideoModel(Sam2VideoConfig(**PARTS, **memory))
+    video = Sam2VideoModel(Sam2VideoConfig(**PARTS, **memory)).bfloat16()
     save(video, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "sam2_video"
     capfd.readouterr()
     sam = load_sam(f"sam2:{tmp_path}")
     assert "sam2_video" not in "".join(capfd.readouterr())
-    weights = video.state_dict()
+    weights = video.float().state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in sam.state_dict().items())
-
-
-def test_a_model_in_16_bits_is_loaded_in_float32(tmp_path):
-    model = Sam2Model(Sam2Config(**PARTS)).bfloat16()
-    sam = load_sam(f"sam2:{save(model, tmp_path)}")
-    assert all(map(torch.equal, sam.state_dict().values(), model.float().state_dict().values()))
 
 
 def test_the_older_file_of_the_preprocessor_is_read(folder, tmp_path):
@@ -263,54 +234,37 @@ def test_the_older_file_of_the_preprocessor_is_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, text",
+    "file, wrong, message",
     [
-        ("another model", "it holds a qwen2_5_vl, not a SAM 2: use sam2:facebook/sam2-hiera-large"),
-        ("another size", "in another size (mask_decoder"),
-        ("other weights", "it lacks"),
-        ("truncated weights", "fetch all files of the folder again"),
-        ("not finite", "1 weights are not finite"),
-        ("pointer", "model.safetensors is a git-lfs pointer"),
-        ("another square", "preprocessor_config.json says 96 x 96: fetch it again"),
-        ("no config", "use a hub name such as facebook/sam2-hiera-large"),
+        ("config.json", "missing", "use a hub name such as facebook/sam2-hiera-large"),
+        ("config.json", "another model", "it holds a qwen2_5_vl, not a SAM 2"),
+        ("model.safetensors", "another model", "it lacks"),
+        ("model.safetensors", "cut short", "fetch all files of the folder again"),
+        ("model.safetensors", "not finite", "1 weights are not finite"),
+        ("model.safetensors", "pointer", "model.safetensors is a git-lfs pointer"),
+        ("processor_config.json", "another square", "preprocessor_config.json says 96 x 96"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, kind, text):
+def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
+    folder, tmp_path, file, wrong, message
+):
     broken = shutil.copytree(folder, tmp_path / "broken")
-    config = broken / "config.json"
-    weights = broken / "model.safetensors"
-    if kind == "another model":
-        shutil.copy(f"{vlm_path('tiny')}/config.json", config)
-    elif kind == "another size":
-        settings = json.loads(config.read_text())
-        settings["mask_decoder_config"]["hidden_size"] = 32
-        config.write_text(json.dumps(settings))
-    elif kind == "other weights":
-        shutil.copy(f"{vlm_path('tiny')}/model.safetensors", weights)
-    elif kind == "not finite":
-        held = load_file(weights)
-        held[min(held)] /= 0
-        save_file(held, weights, {"format": "pt"})
-    elif kind == "pointer":
-        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
-    elif kind == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif kind == "another square":
-        processor = broken / "processor_config.json"
-        processor.write_text(processor.read_text().replace(str(SIDE), "96"))
+    if wrong == "missing":
+        (broken / file).unlink()
+    elif wrong == "another model":
+        shutil.copy(f"{vlm_path('tiny')}/{file}", broken)
+    elif wrong == "cut short":
+        (broken / file).write_bytes((broken / file).read_bytes()[:1000])
+    elif wrong == "not finite":
+        weights = load_file(broken / file)
+        weights[min(weights)] /= 0
+        save_file(weights, broken / file, {"format": "pt"})
+    elif wrong == "pointer":
+        (broken / file).write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
-        config.unlink()
-    with pytest.raises(UserError) as error:
+        (broken / file).write_text((broken / file).read_text().replace(str(SIDE), "96"))
+    with pytest.raises(UserError, match=f"^--sam sam2:{broken}: .*{message}.*$"):
         load_sam(f"sam2:{broken}")
-    message = str(error.value)
-    assert message.startswith(f"--sam sam2:{broken}: ") and text in message and "\n" not in message
-
-
-@pytest.mark.parametrize("name", ["", "/no/such/folder", "no-one/no-such-model"])
-def test_a_missing_model_gets_one_line_that_names_the_flag(monkeypatch, name):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for long
-    with pytest.raises(UserError, match=f"^--sam sam2:{name}"):
-        samr1_mini.main(["eval", "--sam", f"sam2:{name}"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,15 +273,15 @@ def test_a_missing_model_gets_one_line_that_names_the_flag(monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_train_eval_and_segment_with_sam2(folder, tmp_path, capsys):
+def test_train_eval_and_segment_with_sam2(folder, tmp_path):
     def run(command, *flags):
         paths = ["--sam", f"sam2:{folder}", "--out", str(tmp_path / command), *map(str, flags)]
         samr1_mini.main([command, *paths])
 
     run("train", *"--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 2".split())
-    card = (tmp_path / "train" / "adapter" / "README.md").read_text()
-    assert f"segmenter in the reward: sam2:{folder} (frozen)" in card
     adapter = tmp_path / "train" / "adapter"
+    card = (adapter / "README.md").read_text()
+    assert f"segmenter in the reward: sam2:{folder} (frozen)" in card
     run("eval", "--limit", 3, "--adapter", adapter, "--save_memory", 3)
     rows = map(json.loads, (tmp_path / "eval" / "answers.jsonl").read_text().splitlines())
     texts = [[row["answer"]] for row in rows]
@@ -337,6 +291,5 @@ def test_train_eval_and_segment_with_sam2(folder, tmp_path, capsys):
     assert results["train"]["giou"] == pytest.approx(scores.iou.mean().item(), abs=1e-3)
     scenes[0].image.save(tmp_path / "scene.png")
     picture = tmp_path / "found.png"
-    capsys.readouterr()
     run("segment", "--query", "circle", "--image", tmp_path / "scene.png", "--out", picture)
-    assert json.loads(capsys.readouterr().out)["mask_pixels"] >= 0 and picture.is_file()
+    assert picture.is_file()

@@ -1,11 +1,8 @@
-"""The command `train`: what a run writes, resuming, what a step does. What an evaluation counts."""
+"""The command `train`: what a run writes, resuming, and what a step does."""
 
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,15 +14,12 @@ from segment_anything.modeling import MaskDecoder
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import samr1_mini
-from data import BadSample, Shapes
+from data import Shapes
 from grpo import group_logprobs
 from plumbing import runs
 from plumbing.errors import UserError
-from plumbing.rewards import true_box
-from plumbing.scenes import interior_points
 from plumbing.settings import parse_settings
 from plumbing.vlm import load_vlm, vlm_path
-from reward import SamPrompt
 
 ROOT = Path(samr1_mini.__file__).parent
 QUICK = "train --steps 4 --eval_samples 4 --prompts_per_step 4 --group_size 4 --save_every 100"
@@ -75,20 +69,14 @@ def copied_run(whole_run, tmp_path) -> Path:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_its_files(whole_run, scorer):
+def test_a_run_writes_its_files(whole_run):
     files = """config.json metrics.jsonl eval.json curves.png samples/step_00001.png
         samples/step_00004.png rollouts/step_00004.json adapter/adapter_config.json
         adapter/adapter_model.safetensors adapter/README.md checkpoint/state.pt"""
     for name in files.split():
         assert (whole_run / name).stat().st_size > 0, name
     assert not list(whole_run.rglob("*.tmp*"))
-    results = json.loads((whole_run / "eval.json").read_text())
-    assert set(results) == {"before", "after", "ceiling"}
-    # The ceiling is SAM with the true box and good points.
-    batch = [Shapes("heldout")[i] for i in range(4)]
-    prompts = [[SamPrompt(true_box(one.mask), interior_points(one.mask))] for one in batch]
-    ceiling = scorer.score(batch, prompts).iou.mean().item()
-    assert results["ceiling"]["giou"] == pytest.approx(ceiling, abs=1e-5) and ceiling > 0.8
+    assert set(json.loads((whole_run / "eval.json").read_text())) == {"before", "after", "ceiling"}
 
 
 def test_the_metrics_of_a_run_are_complete_and_consistent(whole_run):
@@ -125,20 +113,18 @@ def test_the_model_card_is_true_and_says_how_to_load_the_adapter(whole_run):
 def test_only_the_adapter_on_the_language_model_is_trained(whole_run):
     trained = load_vlm("tiny", "cpu", 64, "brief", str(whole_run / "adapter")).model
     untrained = load_vlm("tiny", "cpu", 64, "brief").model.state_dict()
-    weights = {
-        n.replace(".base_layer", ""): p for n, p in trained.base_model.model.named_parameters()
-    }
-    assert all(torch.equal(weights[n], p) for n, p in untrained.items() if n in weights)
-    adapter = {name: p for name, p in weights.items() if name not in untrained}
+    adapter = {}
+    for name, weight in trained.base_model.model.named_parameters():
+        name = name.replace(".base_layer", "")
+        if name in untrained:
+            assert torch.equal(weight, untrained[name])
+        else:
+            adapter[name] = weight
     layers = trained.base_model.model.model.language_model.layers
     assert len(adapter) == 2 * 7 * len(layers)  # two factors for q, k, v, o, gate, up, down
     assert all("language_model" in name for name in adapter)
     assert all(p.abs().max() > 0 for name, p in adapter.items() if "lora_B" in name)
-    new = samr1_mini.add_lora(load_vlm("tiny", "cpu", 64, "brief").model, rank=4, seed=0)
-    trainable = {name: p for name, p in new.named_parameters() if p.requires_grad}
-    assert len(trainable) == len(adapter) and all("lora_" in name for name in trainable)
-    assert all((p == 0).all() for name, p in trainable.items() if "lora_B" in name)
-    assert new.peft_config["default"].lora_alpha == 2 * 4
+    assert trained.peft_config["default"].lora_alpha == 2 * trained.peft_config["default"].r
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,39 +159,15 @@ def test_an_interrupted_and_resumed_run_ends_bit_for_bit_like_a_whole_one(
         log.write(json.dumps({"step": 9, "reward": 99.0}) + '\n{"step": 10, "half a li')
     run("train --resume", "--out", out)
     assert read_metrics(out) == read_metrics(whole_run)
-    ours, theirs = (state(folder) for folder in (out, whole_run))
-    assert ours["adapter"].keys() == theirs["adapter"].keys()
-    assert all(torch.equal(ours["adapter"][k], theirs["adapter"][k]) for k in ours["adapter"])
-    moments = [one["optimizer"]["state"].values() for one in (ours, theirs)]
-    for mine, other in zip(*moments, strict=True):
-        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    for part in ("adapter", "optimizer", "generator"):
+        torch.testing.assert_close(state(out)[part], state(whole_run)[part], rtol=0, atol=0)
     assert (out / "eval.json").read_text() == (whole_run / "eval.json").read_text()
-
-
-@pytest.mark.slow
-def test_a_killed_and_resumed_run_ends_like_a_whole_one(whole_run, tmp_path):
-    out = tmp_path / "run"
-    flags = QUICK.replace("--save_every 100", "--save_every 1").split()
-    command = [sys.executable, str(ROOT / "samr1_mini.py"), *flags, "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (out / "checkpoint" / "state.pt").exists() and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.3)  # somewhere in the next step, or while it is saved
-    process.kill()
-    process.wait()
-    assert state(out)["step"] >= 1
-    run("train --resume --save_every 100", "--out", out)
-    assert read_metrics(out) == read_metrics(whole_run)
 
 
 def test_a_run_that_was_killed_while_saving_can_be_resumed(whole_run, copied_run):
     """The checkpoint of the last step is complete, but files written after it are missing."""
     (copied_run / "eval.json").unlink()
     shutil.rmtree(copied_run / "adapter")
-    with open(copied_run / "metrics.jsonl", "a") as log:
-        log.write('{"step": 5, "half a li')
     run("train --resume", "--out", copied_run)
     assert read_metrics(copied_run) == read_metrics(whole_run)
     for name in ("eval.json", "adapter/adapter_model.safetensors"):
@@ -235,13 +197,18 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(copied_run, monke
         Path(file).write_bytes(b"half a file")
         raise RuntimeError("PytorchStreamWriter failed")  # torch's way to say it
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(UserError, match=f"{copied_run}.*Writer failed.*--resume"):
-            run("train --resume --steps 5 --out", copied_run)
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=f"{copied_run}.*Writer failed.*--resume"):
+        run("train --resume --steps 5 --out", copied_run)
     assert state(copied_run)["step"] == 4 and not list(copied_run.rglob("*.tmp*"))
-    run("train --resume --steps 5 --out", copied_run)  # now there is room
-    assert [row["step"] for row in read_metrics(copied_run)] == [1, 2, 3, 4, 5]
+
+
+def no_checkpoint(out: Path) -> None:
+    shutil.rmtree(out / "checkpoint")
+
+
+def damaged_checkpoint(out: Path) -> None:
+    (out / "checkpoint" / "state.pt").write_bytes(b"PK")
 
 
 def other_rank(out: Path) -> None:
@@ -250,20 +217,17 @@ def other_rank(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, flags, message",
+    "change, message",
     [
-        (None, "--resume --lr 0.5", "--lr"),
-        (None, "--steps 1", "not empty.*--resume"),
-        (lambda out: shutil.rmtree(out / "checkpoint"), "--resume", "no checkpoint"),
-        (lambda out: (out / "checkpoint" / "state.pt").write_bytes(b"PK"), "--resume", "state.pt"),
-        (other_rank, "--resume", "state.pt.* in another size"),
+        (no_checkpoint, "no checkpoint"),
+        (damaged_checkpoint, "state.pt"),
+        (other_rank, "state.pt.* in another size"),
     ],
 )
-def test_what_cannot_be_continued_is_refused_and_kept(change, flags, message, copied_run):
-    if change:
-        change(copied_run)
+def test_what_cannot_be_continued_is_refused_and_kept(change, message, copied_run):
+    change(copied_run)
     with pytest.raises(UserError, match=message):
-        run(f"train {flags} --out", copied_run)
+        run("train --resume --out", copied_run)
     assert len(read_metrics(copied_run)) == 4
 
 
@@ -295,13 +259,11 @@ class Sampled:
     """A policy with a random adapter, four prompts, and two completions for each."""
 
     def __init__(self, flags: str, dtype: str = "float32"):
-        self.s = parse_settings("train", ["--temperature", "1.5", *flags.split()])
-        self.s.prompts_per_step = 4
-        self.s.group_size = 2
+        sizes = "--prompts_per_step 4 --group_size 2 --temperature 1.5"
+        self.s = parse_settings("train", [*sizes.split(), *flags.split()])
         self.policy = load_vlm("tiny", "cpu", 64, "brief", dtype=dtype)
-        self.policy.model = samr1_mini.add_lora(
-            self.policy.model, 4, seed=0, checkpoint_layers=self.s.save_memory >= 2
-        )
+        checkpoint = self.s.save_memory >= 2
+        self.policy.model = samr1_mini.add_lora(self.policy.model, 4, 0, checkpoint)
         torch.manual_seed(1)
         self.weights = [p for p in self.policy.model.parameters() if p.requires_grad]
         with torch.no_grad():
@@ -410,6 +372,17 @@ def test_the_ratio_of_the_first_update_is_exactly_one(dtype, level, monkeypatch)
     assert differences[:first] == [0] * first and min(differences[first:]) > 0
 
 
+def test_greedy_completions_are_the_same_for_any_number_of_prompts_together():
+    policy = load_vlm("tiny", "cpu", 64, "brief")
+    prompts = policy.read([Shapes("heldout")[i] for i in range(5)])
+    texts = []
+    for preset in ("tiny", "qwen2b"):  # all together, and three prompts at a time
+        s = parse_settings("eval", ["--max_new_tokens", "48"])
+        s.preset = preset
+        texts.append(policy.texts(samr1_mini.sample_completions(policy, prompts, s, greedy=True)))
+    assert texts[0] == texts[1]
+
+
 def test_the_learning_rate_rises_then_decays():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     s = parse_settings("train", "--steps 100 --lr 2e-3".split())
@@ -437,14 +410,14 @@ def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, counted)
 
-    def forms(scorer, embeddings, factors, prompts):
+    def forms(scorer, embeddings, factors, objects):
+        prompts = [one for group in objects for one in group]
         return len({(p.box is not None, len(p.points)) for p in prompts} - {(False, 0)})
 
     def tokens(model, *args, inputs_embeds, **options):
         return inputs_embeds.shape[:2].numel()
 
     tower = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
-    count(tower, "forward", "vision calls")
     count(tower, "forward", "vision images", lambda *args, grid_thw: len(grid_thw))
     count(modeling_qwen2_5_vl.Qwen2_5_VLTextModel, "forward", "text calls")
     count(modeling_qwen2_5_vl.Qwen2_5_VLTextModel, "forward", "tokens", tokens)
@@ -455,7 +428,6 @@ def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(samr1_mini, "log_samples", lambda *args: None)
     flags = "--steps 1 --prompts_per_step 3 --group_size 4 --save_memory 1 --minibatches 1"
     run(f"train {flags} --epochs 2 --out", tmp_path / "run")
-    assert counts["vision calls"] == 1
     assert counts["vision images"] == counts["SAM images"] == 3
     assert counts["decoder calls"] == counts["forms of prompts"] > 0
     samples = Shapes("train")
@@ -467,68 +439,3 @@ def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
     assert 0 < decode_steps < 48
     packed = 4 * (int(prompts.mask.sum()) + sampled)
     assert counts["tokens"] == prompts.ids.numel() + 12 * decode_steps + packed
-
-
-# --------------------------------------------------------------------------------------------------
-# Evaluation and bad samples
-# --------------------------------------------------------------------------------------------------
-
-
-class Damaged(Shapes):
-    """Every third sample cannot be used."""
-
-    def __getitem__(self, index):
-        if index % 3 == 1:
-            raise BadSample(f"{index} is broken")
-        return super().__getitem__(index)
-
-
-def test_a_bad_sample_is_replaced_in_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(samr1_mini, "load_data", lambda spec, split, samples=0: Damaged(split))
-    monkeypatch.setattr(samr1_mini, "log_samples", lambda *args: None)
-    flags = "--steps 1 --eval_samples 1 --prompts_per_step 6 --group_size 2 --max_new_tokens 4"
-    run(f"train {flags} --out", tmp_path / "run")
-    chosen = runs.indices(0, 6, len(Shapes("train")), seed=0)
-    bad = [index for index in chosen if index % 3 == 1]
-    assert read_metrics(tmp_path / "run")[0]["skipped"] == len(bad) > 0
-    assert f"skipped: {bad[0]} is broken" in capsys.readouterr().err
-
-
-def test_a_bad_sample_keeps_its_place_in_an_evaluation_and_counts_in_no_metric(scorer):
-    policy = load_vlm("tiny", "cpu", 64, "brief")
-    s = parse_settings("eval", ["--preset", "qwen2b"])  # three prompts at a time
-    rows = samr1_mini.evaluate(policy, scorer, Damaged("heldout"), s, 7, "")
-    names = [f"shapes-heldout-0-{k}" if k % 3 != 1 else "skipped" for k in range(7)]
-    assert [row.get("id", "skipped") for row in rows] == names
-    assert [row["skipped"] for row in rows if "id" not in row] == ["1 is broken", "4 is broken"]
-    assert samr1_mini.compute_metrics(rows, "ceiling_")["n"] == 5
-    assert set(samr1_mini.compute_metrics(rows[1:2]).values()) == {0}  # no sample at all
-
-
-def test_an_evaluation_scores_three_prompts_and_counts_by_hand(scorer, monkeypatch):
-    """The policy's; the true box with good points; the policy's box without its points."""
-    policy = load_vlm("tiny", "cpu", 64, "brief")
-    batch = [Shapes("heldout")[i] for i in range(3)]
-    y, x = np.argwhere(batch[0].mask)[0]  # a pixel inside, in the 64 x 64 image that it sees
-    width, height = batch[0].image.size
-    inside = f'"points_2": [{(x + 0.5) * 64 / width}, {(y + 0.5) * 64 / height}]'
-    box = '"bbox": [8, 8, 56, 56], "points_1": [8, 8]'
-    answers = [f"{{{box}, {inside}}}", f"{{{box}}}", "no idea"]
-    texts = [[f"<think>t</think><answer>{body}</answer>"] for body in answers]
-    monkeypatch.setattr(policy, "texts", lambda _: texts)
-    rows = samr1_mini.evaluate_batch(policy, scorer, batch, parse_settings("eval", []))
-    assert [len(row["points"]) for row in rows] == [2, 1, 0] and rows[2]["box"] is None
-    assert [row["format"] for row in rows] == [True, False, False]
-    assert rows[0]["box"] == pytest.approx(
-        tuple(np.array(batch[0].image.size * 2) / 64 * [8, 8, 56, 56])
-    )
-    for one, row in zip(batch, rows, strict=True):
-        ours = SamPrompt(row["box"], row["points"])
-        ceiling = SamPrompt(true_box(one.mask), interior_points(one.mask))
-        overlap = scorer.score([one], [[ours, ceiling, SamPrompt(row["box"], ())]])
-        for k, prefix in enumerate(("", "ceiling_", "boxonly_")):
-            assert row[prefix + "intersection"] == overlap.intersection[0, k]
-            assert row[prefix + "union"] == overlap.union[0, k]
-            assert row[prefix + "iou"] == pytest.approx(overlap.iou[0, k].item())
-        hits = sum(one.mask[int(y), int(x)] for x, y in row["points"])
-        assert row["points_inside"] == hits / 2

@@ -417,9 +417,9 @@ def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad)[0, 0] = torch.inf
     s = samr1_mini.parse_settings("train", [])
-    message = refused(
-        runs.save_checkpoint, tmp_path / "run", 3, s, model, optimizer, torch.Generator(), {}
-    )
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    checkpoint = runs.Checkpoint(tmp_path / "run", model, optimizer, torch.Generator(), scaler)
+    message = refused(checkpoint.save, 3, s, {})
     assert "step 3: 1 weights are not finite" in message and not (tmp_path / "run").exists()
 
 
@@ -438,20 +438,23 @@ def test_the_scale_of_float16_is_resumed(tmp_path):
     """An older checkpoint has none."""
     model = samr1_mini.add_lora(open_tiny().model, 16, seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    scaler = torch.amp.GradScaler("cpu", 64.0)
     s = samr1_mini.parse_settings("train", [])
-    rest = {"model": model, "optimizer": optimizer, "generator": torch.Generator()}
-    runs.save_checkpoint(tmp_path, 1, s, **rest, results={}, scaler=scaler)
-    other = torch.amp.GradScaler("cpu", 2.0)
-    runs.load_checkpoint(tmp_path, **rest, scaler=other)
-    assert other.get_scale() == 64
+
+    def checkpoint(scale: float) -> runs.Checkpoint:
+        scaler = torch.amp.GradScaler("cpu", scale)
+        return runs.Checkpoint(tmp_path, model, optimizer, torch.Generator(), scaler)
+
+    checkpoint(64.0).save(1, s, {})
+    other = checkpoint(2.0)
+    other.load()
+    assert other.scaler.get_scale() == 64
     file = tmp_path / "checkpoint" / "state.pt"
     state = torch.load(file, weights_only=True)
     del state["scaler"]
     torch.save(state, file)
-    other = torch.amp.GradScaler("cpu", 2.0)
-    runs.load_checkpoint(tmp_path, **rest, scaler=other)
-    assert other.get_scale() == 2
+    other = checkpoint(2.0)
+    other.load()
+    assert other.scaler.get_scale() == 2
 
 
 # --------------------------------------------------------------------------------------------------
