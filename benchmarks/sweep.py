@@ -80,7 +80,7 @@ SWEEPS = {
         {
             "sound": "",
             "learning rate too small": "--lr 1e-6",
-            "learning rate too large": "--lr 1e-2",
+            "learning rate too large": "--lr 3e-2",
             "wrong coordinates": "",  # see PATCH
             "temperature too low": "--temperature 0.01",
             "limit too short": "--max_new_tokens 28",

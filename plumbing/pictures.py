@@ -296,6 +296,7 @@ def smooth(axes, rows: list[dict], name: str, colour: str, label: str | None = "
     axes.set_xlabel("step", fontsize=TEXT)
     if name == "kl":  # k3 has no bound: one improbable token makes a spike
         axes.set_yscale("symlog", linthresh=1e-3)
+        axes.yaxis.get_major_locator().set_params(numticks=6)
 
 
 def running_mean(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
