@@ -68,8 +68,8 @@ def test_qwen3vl_logprobs_equal_a_separate_forward(thinking_qwen3vl):
 def test_think_opened_by_the_chat_template_is_judged_with_the_completion(thinking_qwen3vl):
     answer = '{"bbox":[1,2,3,4],"points_1":[1,2],"points_2":[2,3]}'
     said = f"the red</think><answer>{answer}</answer>"
-    for name, opening in ((str(thinking_qwen3vl), "<think>"), ("tiny", "")):
-        policy = load_vlm(name, "cpu", 96, "brief")
+    for name, side, opening in ((str(thinking_qwen3vl), 96, "<think>"), ("tiny", 64, "")):
+        policy = load_vlm(name, "cpu", side, "brief")
         ids = torch.tensor(policy.processor.tokenizer(said)["input_ids"])[None, None]
         texts = policy.texts(Completions(ids, torch.ones_like(ids, dtype=torch.bool)))
         assert policy.opening == opening and texts == [[opening + said]]
