@@ -1,7 +1,6 @@
 """hub.py - data sets in the columns of Seg-Zero's, from Hugging Face's hub: --data hub:NAME[@ROOT].
 
-NAME is OWNER/SET, or a local folder with parquet files. The package `datasets` opens both. It
-downloads, resumes and caches. There are two sorts:
+NAME is OWNER/SET, or a local folder with parquet files. There are two sorts:
 
     hub:Ricky06662/ReasonSeg_test, ReasonSeg_val, refcoco_val, refcoco_testA, refcocoplus_val,
         refcocoplus_testA, refcocog_val, refcocog_test
@@ -34,10 +33,7 @@ EVERY = 20  # a row is held out if COCO's image id is a multiple of this: about 
 
 
 def open_hub(path: str, split: str, samples: int):
-    """Open what follows "hub:" in --data. See `plumbing.sources.load_data` for the arguments.
-
-    Raises UserError.
-    """
+    """Open what follows "hub:" in --data. Arguments and errors: `plumbing.sources.load_data`."""
     name, at, root = path.rpartition("@")
     if at and not Path(path).expanduser().is_dir():  # a folder may have an @ in its name
         return open_training(name, Path(root).expanduser(), split, samples)
@@ -50,7 +46,7 @@ def open_hub(path: str, split: str, samples: int):
 
 
 def open_table(name: str, needed: tuple[str, ...], part: str):
-    """Open a set with `datasets`, which downloads it if needed. [index] gives a row of Arrow data.
+    """Open a set with `datasets`, which downloads, resumes and caches. [index] gives Arrow data.
 
     needed: columns that it must have. part: the split to read if the set has several.
     """
@@ -87,39 +83,37 @@ def open_table(name: str, needed: tuple[str, ...], part: str):
     return table.with_format("arrow")
 
 
-def check_columns(name: str, columns: Iterable[str], needed: tuple[str, ...]) -> None:
+def check_columns(name: str, columns: dict, needed: tuple[str, ...]) -> None:
     """Raise UserError if a set lacks a column. The other sort of set gets a hint."""
     if lacking := ", ".join(column for column in needed if column not in columns):
         hint = ""
-        if needed == MASKED and set(JOINED) <= set(columns):
+        if needed == MASKED and columns.keys() >= set(JOINED):
             hint = f". It has no masks: name REFER's folder, hub:{name}@ROOT"
-        if needed == JOINED and set(MASKED) <= set(columns):
+        if needed == JOINED and columns.keys() >= set(MASKED):
             hint = ". It has masks: leave @ROOT out"
         raise UserError(f"{name} lacks {lacking}: its columns are {', '.join(columns)}{hint}")
 
 
-def read_row(row) -> dict:
-    """The cells of a row but its mask, and its image decoded, rotated as its EXIF data say."""
-    (cells,) = row.drop_columns([name for name in row.column_names if name == "mask"]).to_pylist()
+def read_row(row, columns: Iterable[str]) -> dict:
+    """Some cells of a row, its image decoded and rotated as its EXIF data say."""
+    (cells,) = row.select(list(columns)).to_pylist()
     return cells | {"image": decode_image(io.BytesIO(cells["image"]["bytes"]))}
 
 
 def mask_of(row) -> np.ndarray:
-    """The mask of a row, (H, W) bool. Reads Arrow's buffer: H x W Python objects would be slow."""
-    lines = row["mask"][0].values  # H lists of W bools
-    pixels = lines.flatten()
-    if str(pixels.type) != "bool" or pixels.null_count:
+    """The mask of a row, (H, W) bool, without H x W Python objects, which would be slow."""
+    lines = row["mask"][0].values.to_numpy(zero_copy_only=False)  # H arrays of W bools
+    mask = np.stack(lines)  # refuses lines that differ in length
+    if mask.dtype != bool:
         raise ValueError("its mask is not a list of lists of bool")
-    if len(set(lines.value_lengths().to_pylist())) != 1:
-        raise ValueError("the lines of its mask differ in length")
-    return pixels.to_numpy(zero_copy_only=False).reshape(len(lines), -1)
+    return mask
 
 
 @dataclass
 class MaskedRows:
     """An evaluation set: [index] decodes one row, and returns a `Sample` or raises `BadSample`.
 
-    A mask may be empty, as in ReasonSeg: the right answer is then an empty mask.
+    The right answer to an empty mask, as in ReasonSeg, is an empty mask.
     """
 
     name: str
@@ -131,7 +125,7 @@ class MaskedRows:
     def __getitem__(self, index: int) -> Sample:
         row = self.table[index]
         with foreign(f"{self.name}, row {index}", kind=BadSample):
-            cells = read_row(row)
+            cells = read_row(row, [name for name in MASKED if name != "mask"])
             image = cells["image"]
             mask = mask_of(row)
             sizes = {image.size, mask.shape[::-1], (cells["img_width"], cells["img_height"])}
@@ -145,8 +139,8 @@ class MaskedRows:
 class JoinedRows:
     """Rows of a training set with their masks. [index] as in `MaskedRows`.
 
-    The set holds images of 840 x 840 pixels, and COCO's masks have the original size. The image is
-    resized back to it: the mask fits, and SAM gets the true aspect ratio, which it was trained on.
+    The set's images have 840 x 840 pixels. They are resized to the original size, which COCO's
+    masks have, so that SAM gets the true aspect ratio.
     """
 
     name: str
@@ -159,7 +153,7 @@ class JoinedRows:
     def __getitem__(self, index: int) -> Sample:
         number, (width, height), segmentation = self.rows[index]
         with foreign(f"{self.name}, row {number}", kind=BadSample):
-            cells = read_row(self.table[number])
+            cells = read_row(self.table[number], JOINED)
             if (cells["img_width"], cells["img_height"]) != (width, height):
                 raise ValueError(f"its annotation is for an image of {width} x {height} pixels")
             mask = coco_mask(segmentation, width, height)
