@@ -7,8 +7,6 @@ from tqdm import tqdm
 
 from plumbing.errors import UserError
 
-DTYPES = {one: getattr(torch, one) for one in ("bfloat16", "float16", "float32")}
-
 
 def choose_device(name: str) -> torch.device:
     """The device that --device names. Raises UserError if it cannot be used.
@@ -51,7 +49,7 @@ def choose_dtype(name: str, device: torch.device, tiny: bool) -> torch.dtype:
     bfloat16 it is float32 for the tiny model. For a larger one, UserError names the ways out.
     """
     if name in ("float16", "float32"):
-        return DTYPES[name]
+        return getattr(torch, name)
     if name != "bfloat16" and device.type != "cuda":
         return torch.float32
     if fast_bfloat16(device):

@@ -9,10 +9,10 @@ from plumbing.errors import UserError
 
 
 def four_bit(tiny: bool, dtype: torch.dtype, device: torch.device) -> dict:
-    """Options of `from_pretrained` that load the language model in 4 bit (NF4, as in QLoRA).
+    """Options of `from_pretrained` for 4 bit. Raises UserError if that is impossible here.
 
     dtype is that of the arithmetic: each weight matrix is converted to it where it is used. Vision
-    tower, embeddings and lm_head keep 16 bits. Raises UserError if that is impossible here.
+    tower, embeddings and lm_head keep 16 bits.
     """
     check_widths(tiny)
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -76,10 +76,7 @@ def foreign(what: object, hint: str = "", kind: type[UserError] = UserError):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickle lists, dicts, strings and numbers only.
-
-    A pickle runs code by importing it by name, so `find_class` refuses every name.
-    """
+    """Unpickle lists, dicts, strings and numbers only: a pickle can run whatever it imports."""
 
     def find_class(self, module: str, name: str):
         mend = ": write its numbers as int() gives them" if module.startswith("numpy") else ""
@@ -90,8 +87,7 @@ class PlainUnpickler(pickle.Unpickler):
 def whole(value: object) -> int:
     """An id as an int, also if it is written as a text. Raises ValueError for anything else.
 
-    Ids join the files. If one file had the text "7" and another the number 7, no sample would have
-    a mask.
+    Ids join the files: if one had "7" and another 7, no sample would have a mask.
     """
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = int(value)
@@ -103,8 +99,8 @@ def whole(value: object) -> int:
 def read_refs(file: Path, hint: str) -> list[dict]:
     """Read REFER's references: objects, each with sentences that refer to it.
 
-    Returns [{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent_id", "sent"}, ...]},
-    ...]. Raises UserError with the file and `hint`, the command that downloads it.
+    Returns dicts with "ref_id", "ann_id", "image_id", "split" and "sentences", which are dicts with
+    "sent_id" and "sent". Raises UserError with the file and `hint`, the command that downloads it.
     """
     with foreign(file, hint):
         # Python 2 wrote these pickles, so their strings are bytes.
@@ -123,10 +119,9 @@ def read_refs(file: Path, hint: str) -> list[dict]:
 
 
 def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
-    """Read REFER's instances.json, which has the form of COCO's.
+    """Read REFER's instances.json, which has the form of COCO's. Raises UserError like `read_refs`.
 
-    Returns two dicts: {image id: (file name, (width, height))}, and {annotation id: (image id,
-    segmentation)}. Raises UserError like `read_refs`.
+    Returns {image id: (file name, (width, height))}, {annotation id: (image id, segmentation)}.
     """
     with foreign(file, hint):
         return parse_instances(file, file.stat().st_mtime_ns)
@@ -134,7 +129,7 @@ def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
 
 @lru_cache(maxsize=1)  # training reads two splits of one file, and reading it takes seconds
 def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
-    """See `read_instances`. changed: when the file was written; a new version is read again."""
+    """As `read_instances`. changed: when the file was written, so a new version is read again."""
     instances = json.loads(file.read_bytes())
     images = {}
     for image in instances["images"]:
@@ -155,14 +150,11 @@ def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
 
 
 def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
-    """Decode a COCO segmentation to a mask, (H, W) bool.
+    """Decode a COCO segmentation to a mask, (H, W) bool. Raises ValueError, LookupError, TypeError.
 
     segmentation: a list of parts, or one part. A part is a polygon [x1, y1, x2, y2, ...] in image
         pixels, also as pairs [[x1, y1], ...], or run lengths {"size": [H, W], "counts": [...]}
         along the columns, the first one of zeros.
-
-    Raises ValueError, LookupError or TypeError. Corners are checked, because pycocotools crashes on
-    one that is NaN.
     """
     mask = np.zeros((height, width), bool)
     for part in coco_parts(segmentation):
@@ -176,7 +168,7 @@ def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
             raise ValueError("a polygon is not made of pairs of numbers")
         if len(corners) < 3:  # two corners enclose no area
             continue
-        if not (np.abs(corners) < LARGEST_CORNER).all():
+        if not (np.abs(corners) < LARGEST_CORNER).all():  # pycocotools crashes on NaN
             raise ValueError("a corner is not finite, or absurdly far away")
         polygons = coco.frPyObjects([corners.ravel().tolist()], height, width)
         mask |= coco.decode(polygons[0]).astype(bool)
@@ -246,8 +238,7 @@ def decode_text(raw: bytes) -> str:
 def read_labelme(file: Path, size: tuple[int, int]) -> tuple[object, list[dict]]:
     """The query (the first text, unchecked) and the shapes of one of ReasonSeg's files.
 
-    size: (width, height) of its picture. Raises ValueError or TypeError, also if the file is for a
-        picture of another size.
+    size: (width, height) of its picture. Raises ValueError or TypeError, also for another size.
     """
     annotation = json.loads(decode_text(file.read_bytes()))
     for key in ("text", "shapes"):
@@ -268,9 +259,9 @@ def labelme_masks(shapes: list[dict], width: int, height: int) -> tuple[np.ndarr
     a target inside that hole. Of two equal areas, the one listed later is filled first. The label
     `flag` has no meaning and is skipped.
 
-    shapes: dicts with "label", a text, and what `paint_shape` needs.
+    shapes: dicts with "label", a text, and what `paint_shape` needs. They can raise anything.
 
-    Returns target and ignore, (H, W) bool. Foreign shapes can raise anything.
+    Returns target and ignore, (H, W) bool.
     """
     regions = []
     for shape in reversed(shapes):
@@ -353,8 +344,8 @@ def read_image(file: Path, hint: str, size: tuple[int, int] | None = None) -> Im
 def decode_image(file: Path | io.BytesIO, stored: bool = False) -> Image.Image:
     """Decode a JPEG, PNG or WebP to RGB, rotated as its EXIF data say, or as `stored`.
 
-    Pillow's `exif_transpose` writes all other EXIF data again, and fails on those of some cameras.
-    This reads the orientation alone. A damaged file can raise anything.
+    It reads the orientation alone: Pillow's `exif_transpose` writes all other EXIF data again, and
+    fails on those of some cameras. A damaged file can raise anything.
     """
     with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as opened:
         if opened.mode.startswith(("I", "F")):
@@ -363,7 +354,9 @@ def decode_image(file: Path | io.BytesIO, stored: bool = False) -> Image.Image:
         orientation = None if stored else opened.getexif().get(ExifTags.Base.Orientation)
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
-    check_shape(image)
+    if max(image.size) > THINNEST * min(image.size):
+        sizes = f"{image.width} x {image.height}"
+        raise ValueError(f"it is {sizes} pixels: one side is over {THINNEST} times the other")
     return image
 
 
@@ -376,13 +369,6 @@ def read_picture(file: str) -> Image.Image:
     except Exception as error:  # a damaged file can raise anything
         mend = "name a JPEG, PNG or WebP that other programs can open"
         raise UserError(f"{file} cannot be used ({reason_of(error)}): {mend}") from error
-
-
-def check_shape(image: Image.Image) -> None:
-    """Raise ValueError if SAM would resize an image to less than one pixel of height or width."""
-    if max(image.size) > THINNEST * min(image.size):
-        sizes = f"{image.width} x {image.height}"
-        raise ValueError(f"it is {sizes} pixels: one side is over {THINNEST} times the other")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,8 +387,7 @@ def check_query(query: object) -> str:
 def check_plain(text: str, name: str) -> None:
     """Raise UserError, with the text's name, if it holds a special token or a control character.
 
-    A special token such as <|image_pad|> would be read as one, and asks for an image that is not
-    there.
+    The special token <|image_pad|>, for example, asks for an image that is not there.
     """
     controls = [c for c in "".join(text.split()) if unicodedata.category(c) in ("Cc", "Cs")]
     if controls or re.search(r"<\|.*\|>", text, re.DOTALL):
