@@ -43,8 +43,6 @@ SAM_SIZES = {
         decoder_heads=4,
     ),
 }
-# Where training programs put the weights in a checkpoint.
-WRAPPERS = ("state_dict", "model_state_dict", "model")
 KNOWN_SAMS = "tiny, vit_b:FILE, vit_l:FILE, vit_h:FILE or sam2:MODEL"
 
 
@@ -101,7 +99,7 @@ def build_sam(
 
 
 def load_sam(spec: str) -> Sam:
-    """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU. Or a Sam2.
+    """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU.
 
     spec: "tiny" (part of this repository), or "vit_b:FILE", "vit_l:FILE", "vit_h:FILE" with an
           official checkpoint, or "sam2:MODEL", see `plumbing.sam2.load_sam2`.
@@ -116,7 +114,7 @@ def load_sam(spec: str) -> Sam:
         raise UserError(f"--sam {spec}: no SAM is called {size!r}: use {KNOWN_SAMS}")
     if not path and size != "tiny":
         raise UserError(f"--sam {spec}: {size} needs its checkpoint: write {size}:FILE")
-    file = Path(path).expanduser() if path else TINY
+    file = Path(path or TINY).expanduser()
     if not file.is_file():
         raise UserError(f"--sam {spec}: there is no file {file}")
     given = sam_weights(read_tensors(file, f"--sam {spec}"))
@@ -140,7 +138,8 @@ def sam_weights(held: dict) -> dict[str, torch.Tensor]:
     >>> list(sam_weights({"epoch": 3, "model": {"module.neck": torch.ones(1)}}))
     ['neck']
     """
-    while inside := [held[name] for name in WRAPPERS if isinstance(held.get(name), dict)]:
+    wrappers = ("state_dict", "model_state_dict", "model")
+    while inside := [held[name] for name in wrappers if isinstance(held.get(name), dict)]:
         held = inside[0]
     for prefix in ("_orig_mod.", "module.", "model."):
         if all(str(key).startswith(prefix) for key in held):
@@ -162,14 +161,12 @@ def grid_positions(H: int, W: int, device: torch.device, dtype: torch.dtype):
     `segment_anything`'s get_rel_pos computes the indices on the CPU, for each block and image. To
     index a tensor on a GPU with them makes the host wait, 64 times an image for ViT-H.
     """
-
-    def differences(n: int) -> torch.Tensor:
-        place = torch.arange(n, device=device)
-        return place[:, None] - place + n - 1
-
+    y = torch.arange(H, device=device)
+    x = torch.arange(W, device=device)
     row = torch.eye(H, device=device, dtype=dtype).repeat_interleave(W, 0)
     column = torch.eye(W, device=device, dtype=dtype).repeat(H, 1)
-    return differences(H), differences(W), torch.cat([row, column], 1)
+    one_hot = torch.cat([row, column], 1)
+    return y[:, None] - y + H - 1, x[:, None] - x + W - 1, one_hot
 
 
 def folded_attention(attention: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -200,8 +197,9 @@ def folded_attention(attention: Attention, x: torch.Tensor) -> torch.Tensor:
 
 def load_weights(sam: torch.nn.Module, device: torch.device) -> list[torch.Tensor]:
     """Copy the weights to a device. Returns those in host memory, for `restore_weights`."""
-    host = [x.data for x in (*sam.parameters(), *sam.buffers())]
-    for x in (*sam.parameters(), *sam.buffers()):
+    held = [*sam.parameters(), *sam.buffers()]
+    host = [x.data for x in held]
+    for x in held:
         x.data = to_device(x.data, device)
     return host
 

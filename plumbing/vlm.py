@@ -13,6 +13,7 @@ from data import Sample, messages
 from plumbing import weights
 from plumbing.devices import choose_device, choose_dtype
 from plumbing.errors import UserError
+from plumbing.four_bit import four_bit, keep_gradients
 
 # Model types of Qwen2.5-VL and Qwen3-VL. Others may load, but answer in other coordinates
 # (Qwen2-VL) or in layers that ignore the attention mask of packed rows (Qwen3.5).
@@ -24,8 +25,8 @@ KNOWN = "use a Qwen2.5-VL or a Qwen3-VL, such as Qwen/Qwen2.5-VL-3B-Instruct"
 class Prompts:
     """B prompts for the language model. Their images have been through the vision tower.
 
-    Token ids, mask and positions stay in host memory. They are small, and indexing them on a GPU
-    would make the host wait for it. The image features are on the model's device.
+    Token ids, mask and positions stay in host memory, because indexing them on a GPU would make the
+    host wait for it. The image features are on the model's device.
     """
 
     ids: torch.Tensor  # (B, P) int64, padded on the left
@@ -51,16 +52,15 @@ def base(model: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def encode_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Prompts:
-    """Run the vision tower and compute the positions, once for rollout, reference and updates.
-
-    The vision tower is frozen, so its output stays the same during a step.
+    """Run the frozen vision tower and compute the positions, once for all passes of a step.
 
     inputs: the processor's output for B prompts of one image each, padded on the left, in host
             memory. It must hold `mm_token_type_ids`: without them Qwen2.5-VL silently uses
             one-dimensional positions.
     """
-    inner, device = base(model).model, base(model).device
-    pixels, grid = inputs["pixel_values"].to(device), inputs["image_grid_thw"].to(device)
+    inner = base(model).model
+    pixels = inputs["pixel_values"].to(inner.device)
+    grid = inputs["image_grid_thw"].to(inner.device)
     vision = inner.get_image_features(pixels, grid, return_dict=True)
     positions, _ = inner.get_rope_index(
         inputs["input_ids"],
@@ -124,7 +124,7 @@ def vlm_path(name: str) -> str:
 def template_end(processor) -> str:
     """What the chat template writes of a completion: "<think>" for a thinking model, or ""."""
     chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    text = processor.apply_chat_template([chat], tokenize=False, add_generation_prompt=True)[0]
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
@@ -161,9 +161,8 @@ def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, o
         config = AutoConfig.from_pretrained(path, **found)
         check_family(config, vlm)
         if quantised := getattr(config, "quantization_config", None):
-            flag += (
-                f": config.json says that its weights are quantised ({quantised['quant_method']})"
-            )
+            method = quantised["quant_method"]
+            flag += f": config.json says that its weights are quantised ({method})"
         if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
             raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
         processor = AutoProcessor.from_pretrained(path, **found)
@@ -201,12 +200,12 @@ def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, o
 def check_side(processor, patch: int, side: int, vlm: str) -> None:
     """Raise UserError if the processor makes another size of an image of `side` pixels.
 
-    It keeps to limits of its own, and to multiples of the patch. A model that answers in pixels
-    counts those that it sees, so each of its boxes would be scaled wrongly.
+    Its sizes are multiples of the patch, within limits. A model that answers in pixels counts those
+    that it sees, so each of its boxes would be scaled wrongly.
     """
     image = Image.new("RGB", (side, side))
-    grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0]
-    height, width = (n * patch for n in grid.tolist()[1:])
+    grid = processor.image_processor(images=[image], return_tensors="pt")["image_grid_thw"]
+    _, height, width = (grid[0] * patch).tolist()
     if (width, height) != (side, side):
         raise UserError(
             f"--side {side}: the processor of --vlm {vlm} makes {width} x {height} pixels of it: "
@@ -229,15 +228,10 @@ def load_vlm(
     device = choose_device(device)
     in_4bit = dtype == "4bit"
     dtype = choose_dtype(dtype, device, tiny=name == "tiny")
-    options = {}
-    if in_4bit:
-        from plumbing.four_bit import four_bit, keep_gradients
-
-        options = four_bit(name == "tiny", dtype, device)
+    options = four_bit(name == "tiny", dtype, device) if in_4bit else {}
     processor, model = open_model(name, dtype, device, options)
     config = model.config
-    if in_4bit:
-        keep_gradients(model)
+    keep_gradients(model)
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # such small matrices are slower when threads share them
     if name == "tiny":
@@ -268,8 +262,7 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
     """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
     flag = f"--adapter {adapter}"
     folder = Path(adapter).expanduser()
-    config = folder / "adapter_config.json"
-    if not config.is_file():
+    if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{flag}: no adapter_config.json there: name a RUN/adapter")
     file = weights.adapter_file(folder, flag)
     tensors = weights.read_tensors(file, flag)
@@ -283,7 +276,7 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         reason = weights.unreadable(str(folder), error)
         raise UserError(f"{flag}: it does not fit: {reason}") from error
     config = model.active_peft_config
-    trained_on = config.base_model_name_or_path
+    base_name = config.base_model_name_or_path
     if config.is_prompt_learning:
         raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
     missing = {key.replace(".default", "") for key in keys.missing_keys}
@@ -293,6 +286,6 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         unknown=keys.unexpected_keys,
         sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
         what=flag,
-        mend=f"it was trained on {trained_on}: use that --vlm, or fetch it again",
+        mend=f"it was trained on {base_name}: use that --vlm, or fetch it again",
     )
     return model

@@ -4,7 +4,7 @@ part: libraries load the keys that they know, and leave the others random or unt
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import safetensors.torch
@@ -47,7 +47,7 @@ def fault_of(file: Path) -> str:
 def read_tensors(file: Path, flag: str) -> dict:
     """What a .safetensors file or a pickle of torch holds, in host memory. flag: for messages.
 
-    Raises UserError if it cannot be read, or if a weight in it is not finite.
+    Raises UserError if it cannot be read.
     """
     try:
         if fault := fault_of(file):
@@ -155,16 +155,16 @@ does not have (c), has 1 in another size (a: 1 x 3 in place of 1 x 2): train ano
     )
 
 
-def check_keys(missing: Iterable[str], unknown: Iterable[str], sizes: dict, what: str, mend: str):
+def check_keys(missing: Collection, unknown: Collection, sizes: dict, what: str, mend: str):
     """Raise UserError if a key is missing, unknown, or its weight has another size.
 
     sizes: the given and the expected shape of each weight of another size.
     """
     faults = []
-    if missing := sorted(missing):
-        faults.append(f"lacks {len(missing)} of its weights ({missing[0]})")
-    if unknown := sorted(unknown):
-        faults.append(f"has {len(unknown)} that the model does not have ({unknown[0]})")
+    if missing:
+        faults.append(f"lacks {len(missing)} of its weights ({min(missing)})")
+    if unknown:
+        faults.append(f"has {len(unknown)} that the model does not have ({min(unknown)})")
     if sizes:
         key = min(sizes)
         given, expected = (" x ".join(map(str, shape)) for shape in sizes[key])
