@@ -79,21 +79,21 @@ def open_config(name: str) -> tuple[Sam2Config, str, dict]:
     """
     if not name:
         raise UserError(f"--sam sam2: it needs a model: write sam2:{EXAMPLE} or sam2:FOLDER")
+    flag = f"--sam sam2:{name}"
     if name.endswith((".pt", ".pth")):
         raise UserError(
-            f"--sam sam2:{name}: the original checkpoint is not read: write sam2:{EXAMPLE}, or "
-            "sam2:FOLDER with transformers' files of it"
+            f"{flag}: the original checkpoint is not read: write sam2:{EXAMPLE}, or sam2:FOLDER "
+            "with transformers' files of it"
         )
-    path, options = weights.find_model(name, f"--sam sam2:{name}")
+    path, options = weights.find_model(name, flag)
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        kind = config.model_type
-        if kind in MODEL_TYPES:
+        if config.model_type in MODEL_TYPES:
             parts = {part: getattr(config, part) for part in PARTS}
             return Sam2Config(**parts), path, options
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(unreadable(name, path, error)) from error
-    raise UserError(f"--sam sam2:{name}: it holds a {kind}, not a SAM 2: use sam2:{EXAMPLE}")
+        raise unreadable(flag, path, error) from error
+    raise UserError(f"{flag}: it holds a {config.model_type}, not a SAM 2: use sam2:{EXAMPLE}")
 
 
 def sam2_config(name: str) -> Sam2Config:
@@ -107,28 +107,23 @@ def load_sam2(name: str) -> Sam2:
     name: hub name or local folder of transformers' `Sam2Model` or `Sam2VideoModel`.
     Raises UserError.
     """
+    flag = f"--sam sam2:{name}"
     config, path, options = open_config(name)
     try:
-        with weights.without_warnings():
-            sam, info = Sam2.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # `check_keys` names them
-                output_loading_info=True,
-                **options,
-            )
-        sam.image_processor = Sam2ImageProcessor.from_pretrained(path, **options)
+        processor = Sam2ImageProcessor.from_pretrained(path, **options)
+        sam = weights.load_model(
+            kind=Sam2,
+            path=path,
+            flag=flag,
+            mend="fetch all of its files again",
+            unknown=True,  # a model for videos has more
+            options={"config": config, "dtype": torch.float32, **options},
+        )
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(unreadable(name, path, error)) from error
-    flag = f"--sam sam2:{name}"
-    weights.check_keys(
-        missing=info["missing_keys"],
-        unknown=(),  # a model for videos has more
-        sizes={key: (given, expected) for key, given, expected in info["mismatched_keys"]},
-        what=flag,
-        mend="fetch all of its files again",
-    )
+        raise unreadable(flag, path, error) from error
+    sam.image_processor = processor
     weights.check_finite(sam.state_dict().items(), flag, "its file is damaged: fetch it again")
     side = sam.config.prompt_encoder_config.image_size
     size = sam.image_processor.size
@@ -140,7 +135,6 @@ def load_sam2(name: str) -> Sam2:
     return sam.eval().requires_grad_(False)
 
 
-def unreadable(name: str, path: str, error: Exception) -> str:
+def unreadable(flag: str, path: str, error: Exception) -> UserError:
     mend = f"use a hub name such as {EXAMPLE}, or fetch all files of the folder again"
-    reason = weights.unreadable(path, error)
-    return f"--sam sam2:{name}: {reason}: {mend}"
+    return UserError(f"{flag}: {weights.unreadable(path, error)}: {mend}")

@@ -167,29 +167,21 @@ def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, o
             raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
         processor = AutoProcessor.from_pretrained(path, **found)
         check_processor(processor, config, vlm)
-        with weights.without_warnings():
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                path,
-                dtype=dtype,
-                attn_implementation="sdpa",  # `grpo.group_logprobs` relies on its boolean masks
-                ignore_mismatched_sizes=True,  # `check_keys` names them
-                output_loading_info=True,
-                **found,
-                **options,
-            )
-        model = model.to(device)
+        # `grpo.group_logprobs` relies on the boolean masks of sdpa.
+        options = {"dtype": dtype, "attn_implementation": "sdpa", **found, **options}
+        model = weights.load_model(
+            kind=AutoModelForImageTextToText,
+            path=path,
+            flag=flag,
+            mend="fetch all files of its folder again",
+            unknown=False,
+            options=options,
+        ).to(device)
         template_end(processor)  # raises an error without a chat template
     except UserError:
         raise
     except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
         raise UserError(f"{flag}: {weights.unreadable(path, error)}") from error
-    weights.check_keys(
-        missing=info["missing_keys"],
-        unknown=info["unexpected_keys"],
-        sizes={key: (given, expected) for key, given, expected in info["mismatched_keys"]},
-        what=flag,
-        mend="fetch all files of its folder again",
-    )
     mend = "its file is damaged: fetch it again"
     if model.dtype == torch.float16:
         mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"

@@ -2,7 +2,6 @@
 part: libraries load the keys that they know, and leave the others random or untrained.
 """
 
-import contextlib
 import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -115,15 +114,27 @@ def unreadable(path: str, error: Exception) -> str:
     return f"it cannot be loaded ({reason_of(error)})"
 
 
-@contextlib.contextmanager
-def without_warnings():
-    """Keep transformers quiet about keys that are missing or unknown. `check_keys` reports them."""
+def load_model(kind: type, path: str, flag: str, mend: str, unknown: bool, options: dict):
+    """A model of transformers, with all of its weights. Raises UserError or anything.
+
+    kind: its class. unknown: whether the files may hold more. options: of `from_pretrained`.
+    """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # `check_keys` reports the keys
     try:
-        yield
+        model, info = kind.from_pretrained(
+            path, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
     finally:
         logging.set_verbosity(verbosity)
+    check_keys(
+        missing=info["missing_keys"],
+        unknown=() if unknown else info["unexpected_keys"],
+        sizes={key: (given, expected) for key, given, expected in info["mismatched_keys"]},
+        what=flag,
+        mend=mend,
+    )
+    return model
 
 
 # --------------------------------------------------------------------------------------------------
