@@ -112,9 +112,10 @@ def read_objects(
         item = item if isinstance(item, dict) else {}
         values = [item.get(key) for key in answer_keys(item, style)]
         asked_form &= all(isinstance(value, list) and len(value) > 1 for value in values)
-        box, *points = values
-        box = valid_box(numbers(box, count=4, quoted=style == "segzero"))
-        points = [numbers(point, count=2, quoted=style == "segzero") for point in points]
+        box = numbers(values[0], count=4, quoted=style == "segzero")
+        if box and not (box[0] < box[2] and box[1] < box[3]):
+            box = None  # swapped corners: SAM would still draw a plausible mask of them
+        points = [numbers(point, count=2, quoted=style == "segzero") for point in values[1:]]
         objects.append((box, points))
     return objects, asked_form
 
@@ -130,11 +131,6 @@ def answer_keys(item: dict, style: str) -> list:
     points = [key for key in names if "point" in names[key]]
     points.sort(key=lambda key: "points" not in names[key])  # "points_1" before "point_count"
     return [box, *(points + [None, None])[:2]]
-
-
-def valid_box(box: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """None for swapped corners: SAM would still draw a plausible mask of them."""
-    return box if box and box[0] < box[2] and box[1] < box[3] else None
 
 
 def numbers(value: object, count: int, quoted: bool = False) -> tuple[float, ...] | None:

@@ -168,10 +168,9 @@ def write_title(axes, text: str, size: float = TEXT) -> None:
 
 def write_below(axes, text: str, completion: bool = False) -> None:
     """Text below a picture, with the line breaks that it has."""
-    style = dict(family=fonts(text))
-    if completion:
-        style = dict(family=fonts(text, "DejaVu Sans Mono"), multialignment="left")
-    axes.set_xlabel(text, fontsize=TEXT, parse_math=False, **style)
+    family = fonts(text, "DejaVu Sans Mono" if completion else LATIN)
+    align = "left" if completion else "center"
+    axes.set_xlabel(text, fontsize=TEXT, family=family, multialignment=align, parse_math=False)
 
 
 # ----------------------------------------------------------------------------------------------

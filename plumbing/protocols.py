@@ -14,8 +14,6 @@ are greedy under both. ReasonSeg is the only set with ignored pixels.
 
 from pathlib import Path
 
-import numpy as np
-
 from plumbing.prompts import points_asked
 
 PROTOCOLS = {
@@ -54,25 +52,20 @@ def count(overlap, b: int, sample, readable: bool, s) -> dict:
     Returns one dict with columns such as "ceiling_iou" for each of `protocols`, under its name, and
     the columns of the headline once more, without a name.
     """
-    found = {name: {} for name in protocols(s)}
+    lisa = {}
+    segzero = {}
+    target = sample.mask if sample.ignore is None else sample.mask | sample.ignore
     for k, prefix in enumerate(PREFIXES):
-        for name, columns in found.items():
-            if name == "lisa":
-                intersection = overlap.intersection[b, k].item()
-                union = overlap.union[b, k].item()
-                iou = overlap.iou[b, k].item()
-            else:
-                mask = overlap.masks[b][k].cpu().numpy()
-                if not (readable or prefix == "ceiling_"):
-                    mask = np.zeros_like(mask)
-                target = sample.mask if sample.ignore is None else sample.mask | sample.ignore
-                intersection = float((mask & target).sum())
-                union = float((mask | target).sum())
-                iou = intersection / union if union else 0.0
-            columns[prefix + "intersection"] = intersection
-            columns[prefix + "union"] = union
-            columns[prefix + "iou"] = iou
-    return found | found[protocols(s)[0]]
+        for name in ("intersection", "union", "iou"):
+            lisa[prefix + name] = getattr(overlap, name)[b, k].item()
+        mask = overlap.masks[b][k].cpu().numpy() & (readable or prefix == "ceiling_")
+        intersection = float((mask & target).sum())
+        union = float((mask | target).sum())
+        segzero[prefix + "intersection"] = intersection
+        segzero[prefix + "union"] = union
+        segzero[prefix + "iou"] = intersection / union if union else 0.0
+    counts = {"lisa": lisa, "segzero": segzero}
+    return {name: counts[name] for name in protocols(s)} | counts[protocols(s)[0]]
 
 
 def metrics(rows: list[dict], compute_metrics, trained: str, s) -> dict[str, dict]:

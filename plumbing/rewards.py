@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou, masks_to_boxes
 
-from plumbing.scenes import interior_points
+from plumbing.scenes import interior_points, points_inside
 
 # What --accuracy takes: names of `reward.accuracy_reward`, then the rewards of this file.
 ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
@@ -67,11 +67,10 @@ def good_points(points: tuple, mask: np.ndarray, truth: tuple[float, ...], in_ma
     """Whether two points (x, y), image pixels, meet Seg-Zero's condition. truth: the true box."""
     if len(points) < 2:
         return False
+    if in_mask:
+        return points_inside(points, mask) == 1
     points = np.array(points)
     size = np.array(mask.shape[::-1])
-    if in_mask:
-        x, y = np.minimum(points, size - 1).astype(int).T
-        return bool(mask[y, x].all())
     labels = np.array(interior_points(mask))
     inside = (points >= truth[:2]).all() and (points <= truth[2:]).all()
     distances = [

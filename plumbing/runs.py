@@ -53,10 +53,8 @@ def writing(path: Path):
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
             raise
-        reason = f"cannot be written ({reason_of(error)})"
-        raise UserError(
-            f"{path} {reason}: make room; a checkpoint goes on with --resume"
-        ) from error
+        mend = "make room; a checkpoint goes on with --resume"
+        raise UserError(f"{path} cannot be written ({reason_of(error)}): {mend}") from error
 
 
 @contextlib.contextmanager
@@ -158,17 +156,16 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
 
     Raises UserError if a line is anything else.
     """
-    if not file.exists():
-        return []
-    # A line without an end was cut off by the interruption.
-    lines = file.read_text().split("\n")[:-1]
-    try:
-        rows = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): mend or delete it, then --resume") from error
-    for number, row in enumerate(rows, 1):
+    rows = []
+    lines = file.read_text().split("\n") if file.exists() else [""]
+    for number, line in enumerate(lines[:-1], 1):  # the interruption cut off what has no line end
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
         if not isinstance(row, dict) or not keys & row.keys():
             raise UserError(f"{file} is damaged (line {number}): mend or delete it, then --resume")
+        rows.append(row)
     return rows
 
 
@@ -225,19 +222,19 @@ class Checkpoint:
 
         Raises UserError, before anything is changed, if the adapter does not fit the model.
         """
-        file = self.file
-        if not file.is_file():
+        if not self.file.is_file():
             raise UserError(f"--resume: {self.out} has no checkpoint yet: start another run")
         # To the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
-        state = weights.read_tensors(file, "--resume")
+        state = weights.read_tensors(self.file, "--resume")
         try:
             weights.compare(
                 expected=weights.shapes(self.adapter()),
                 given=weights.shapes(state["adapter"]),
-                what=f"--resume: the adapter in {file}",
+                what=f"--resume: the adapter in {self.file}",
                 mend="use the --vlm and the versions of peft and transformers that wrote it",
             )
-            weights.check_finite(state["adapter"].items(), f"--resume: {file}", "start another run")
+            what = f"--resume: {self.file}"
+            weights.check_finite(state["adapter"].items(), what, "start another run")
             set_peft_model_state_dict(self.model, state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
@@ -247,7 +244,7 @@ class Checkpoint:
             raise
         except Exception as error:  # a damaged file can raise anything
             reason = f"does not fit this model and these settings ({reason_of(error)})"
-            raise UserError(f"--resume: {file} {reason}: start another run") from error
+            raise UserError(f"--resume: {self.file} {reason}: start another run") from error
         state["results"].pop("after", None)
         return state["step"], state["results"]
 
@@ -256,8 +253,7 @@ def model_card(s, step: int, results: dict) -> str:
     """The README of an adapter: what it is, how it was trained, what it reaches, how to load it."""
     base = "tiny/vlm of this repository" if s.vlm == "tiny" else s.vlm
     sam = s.sam if s.sam.startswith("sam2:") else s.sam.partition(":")[0]
-    order = ("before", "after", "ceiling")
-    rows = [(name, results[name]) for name in order if name in results]
+    rows = [(name, results[name]) for name in ("before", "after", "ceiling") if name in results]
     table = [f"| {name} | {r['giou']:.3f} | {r['ciou']:.3f} | {r['n']} |" for name, r in rows]
     return f"""---
 library_name: peft
@@ -416,16 +412,14 @@ def describe(scores, completions, end: torch.Tensor) -> dict[str, float]:
     paper's accuracy reward, whichever reward the run uses.
     """
     names = ("reward", "accuracy", "think_format", "answer_format", "iou")
-    row = {name: getattr(scores, name).mean().item() for name in names}
+    values = {name: getattr(scores, name) for name in names}
     # The tiers of reward.TIERS as intervals (low, high]. -1 and 2 stand for "no bound".
-    for value, low, high in ((2, 0.5, 0.7), (3, 0.7, 0.8), (4, 0.8, 2.0), (0, -1.0, 0.5)):
-        inside = (scores.iou > low) & (scores.iou <= high)
-        row[f"tier_{value}"] = inside.float().mean().item()
-    equal = scores.reward.amax(1) == scores.reward.amin(1)
-    row["equal_groups"] = equal.float().mean().item()
-    row["length"] = completions.mask.sum(-1).float().mean().item()
-    row["truncated"] = completions.truncated(end).float().mean().item()
-    return row
+    for tier, low, high in ((2, 0.5, 0.7), (3, 0.7, 0.8), (4, 0.8, 2.0), (0, -1.0, 0.5)):
+        values[f"tier_{tier}"] = (scores.iou > low) & (scores.iou <= high)
+    values["equal_groups"] = scores.reward.amax(1) == scores.reward.amin(1)
+    values["length"] = completions.mask.sum(-1)
+    values["truncated"] = completions.truncated(end)
+    return {name: value.float().mean().item() for name, value in values.items()}
 
 
 def print_table(results: dict, metrics: list[dict], out: Path) -> None:

@@ -21,8 +21,7 @@ PRESETS = ("tiny", "qwen2b", "qwen3b", "qwen7b")
 
 def setting(default, meaning: str, choices: tuple = ()):
     """A field of a settings class, with its line in --help."""
-    metadata = {"help": meaning} | ({"choices": list(choices)} if choices else {})
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(help=meaning, choices=choices or None))
 
 
 @dataclass
@@ -222,22 +221,21 @@ def parse(cls: type, argv: list[str], program: str):
     The bases of `cls` are the groups in --help. Values come from the defaults, then from the preset
     (or, with --resume, from the run in --out), then from the flags.
     """
-
-    def parser() -> Parser:
-        usage = "%(prog)s [--flag value ...]"
-        about = cls.__doc__
-        groups = list(cls.__bases__)
-        return Parser(groups, prog=program, usage=usage, description=about, allow_abbrev=False)
-
+    parser = Parser(
+        list(cls.__bases__),
+        prog=program,
+        usage="%(prog)s [--flag value ...]",
+        description=cls.__doc__,
+        allow_abbrev=False,
+    )
     names = {field.name for field in dataclasses.fields(cls)}
-    given = parser().parse_args(argv)  # for --preset and --resume only
+    given = parser.parse_args(argv)  # for --preset and --resume only
     values = {k: v for k, v in PRESET_VALUES[given.preset].items() if k in names}
     saved = {}
     if getattr(given, "resume", False):
         saved = read_config(given.out, names) | {"out": given.out, "resume": True}
-    filled = parser()
-    filled.set_defaults(**(values | saved))
-    settings = cls(**vars(filled.parse_args(argv)))
+    parser.set_defaults(**(values | saved))
+    settings = cls(**vars(parser.parse_args(argv)))
     now = vars(settings)
     changed = [name for name in saved if kept(cls, name, now[name]) != kept(cls, name, saved[name])]
     if changed:
@@ -258,20 +256,16 @@ def read_config(out: str, names: set[str]) -> dict:
     """The settings in the folder of a run. Raises UserError if they are not those of `names`."""
     file = Path(out).expanduser() / "config.json"
     if not out or not file.is_file():
-        raise UserError(
-            f"--resume: there is no run in --out {out or '(not given)'}: name its folder"
-        )
+        given = out or "(not given)"
+        raise UserError(f"--resume: there is no run in --out {given}: name its folder")
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"--resume: {file} is damaged ({error}): start another run") from error
-    if not isinstance(config, dict) or set(config) != names:
-        known = (
-            ", ".join(sorted(set(config) ^ names)) if isinstance(config, dict) else "no settings"
-        )
-        raise UserError(
-            f"--resume: {file} is of another version or command ({known}): start another run"
-        )
+    different = names ^ config.keys() if isinstance(config, dict) else {"no settings"}
+    if different:
+        reason = f"is of another version or command ({', '.join(sorted(different))})"
+        raise UserError(f"--resume: {file} {reason}: start another run")
     return config
 
 
