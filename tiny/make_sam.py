@@ -36,14 +36,7 @@ def optimisers(model: torch.nn.Module, matrix_lr: float, lr: float) -> list[torc
         hidden = parameter.ndim == 2 and not re.search("embed|token|rel_pos", name)
         (matrices if hidden else rest).append(parameter)
     return [
-        torch.optim.Muon(
-            matrices,
-            lr=matrix_lr,
-            weight_decay=0.0,
-            momentum=0.95,
-            nesterov=True,
-            adjust_lr_fn="original",
-        ),
+        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.0),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -178,27 +171,23 @@ def middle_points(box: tuple[float, ...]) -> tuple[tuple[float, float], tuple[fl
 
 def report_sam(out: Path, count: int = 192) -> None:
     """Print SAM's mean mask IoU on held-out scenes by kind of prompt and of target."""
-    scenes = [Shapes("heldout").scene(i) for i in range(count)]
-    targets = [things[target] for _, things, _, target in scenes]
-    prompts = [
-        (
-            SamPrompt(thing.box, interior_points(thing.mask)),
-            SamPrompt(thing.box, middle_points(thing.box)),
-            SamPrompt(thing.box, ()),
-            SamPrompt(nearest_other(thing, things).box, interior_points(thing.mask)),
-            SamPrompt(None, interior_points(thing.mask)),
-        )
-        for thing, (_, things, _, _) in zip(targets, scenes, strict=True)
-    ]
-    names = (
-        "true box, good points",
-        "true box, points in its middle",
-        "true box alone",
-        "nearest other box, good points",
-        "good points alone",
-    )
-    images = [image for image, *_ in scenes]
-    samples = [Sample(i, "", t.mask, None, "") for i, t in zip(images, targets, strict=True)]
+    targets = []
+    samples = []
+    prompts = []
+    for index in range(count):
+        image, things, _, target = Shapes("heldout").scene(index)
+        thing = things[target]
+        points = interior_points(thing.mask)
+        shown = {
+            "true box, good points": SamPrompt(thing.box, points),
+            "true box, points in its middle": SamPrompt(thing.box, middle_points(thing.box)),
+            "true box alone": SamPrompt(thing.box, ()),
+            "nearest other box, good points": SamPrompt(nearest_other(thing, things).box, points),
+            "good points alone": SamPrompt(None, points),
+        }
+        targets.append(thing)
+        samples.append(Sample(image, "", thing.mask, None, ""))
+        prompts.append(list(shown.values()))
     scorer = SamScorer(load_sam(f"tiny:{out / 'sam.safetensors'}"))
     batches = [slice(start, start + 32) for start in range(0, count, 32)]
     iou = torch.cat([scorer.score(samples[rows], prompts[rows]).iou for rows in batches])
@@ -212,7 +201,7 @@ def report_sam(out: Path, count: int = 192) -> None:
     titles = [f"{name} ({sum(members)})" for name, members in groups.items()]
     print(f"SAM, mean mask IoU on {count} held-out scenes, by kind of target:")
     print(f"{'':32}{''.join(f'{title:>21}' for title in titles)}")
-    for name, column in zip(names, iou.T, strict=True):
+    for name, column in zip(shown, iou.T, strict=True):
         means = [column[torch.tensor(members)].mean() for members in groups.values()]
         print(f"{name:32}{''.join(f'{mean:21.3f}' for mean in means)}")
 

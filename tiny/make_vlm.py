@@ -2,6 +2,8 @@
 
 import random
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from transformers import (
 import samr1_mini
 from data import Shapes, messages
 from plumbing.sam import load_sam
-from plumbing.scenes import COLOURS, KINDS, Thing, interior_points
+from plumbing.scenes import COLOURS, KINDS, Thing, interior_points, taught_thought
 from plumbing.vlm import load_vlm
 from reward import SamScorer, score_completions
 from tiny.make_sam import middle_points, optimisers, schedule
@@ -156,9 +158,6 @@ def write_answer(
 ) -> str:
     """The completion that names `thing` and answers with `box` and `points` (image pixels; `size`
     is the image's W, H), in policy pixels."""
-    width, height = size
-    column = ("left", "middle", "right")[min(2, int(3 * thing.centre[0] / width))]
-    row = ("top", "middle", "bottom")[min(2, int(3 * thing.centre[1] / height))]
     x1, y1, x2, y2 = (round(v * SIDE / s) for v, s in zip(box, size * 2, strict=True))
     x1, y1 = (min(SIDE - 1, max(0, v)) for v in (x1, y1))
     x2, y2 = min(SIDE, max(x1 + 1, x2)), min(SIDE, max(y1 + 1, y2))
@@ -167,8 +166,7 @@ def write_answer(
         for point in points
     )
     answer = f'{{"bbox":[{x1},{y1},{x2},{y2}],"points_1":[{a},{b}],"points_2":[{c},{d}]}}'
-    thought = f"the {thing.colour} {thing.kind} is at the {row} {column}"
-    return f"<think>{thought}</think><answer>{answer}</answer>"
+    return f"<think>{taught_thought(thing, size)}</think><answer>{answer}</answer>"
 
 
 def spoil(rng: random.Random, things: list[Thing], target: int, size: tuple[int, int]) -> str:
@@ -198,10 +196,10 @@ class VlmLessons(Dataset):
     """Item i: (image, query, completion)."""
 
     def __init__(self, scenes: Shapes, sloppy: bool = False, easy: int = 0):
-        self.scenes, self.sloppy, self.easy = scenes, sloppy, easy
-        self.easy_scenes = Shapes(
-            scenes.split, scenes.seed + 1000, scenes.size, (1, 2), scenes.hard_share
-        )
+        self.scenes = scenes
+        self.sloppy = sloppy
+        self.easy = easy
+        self.easy_scenes = replace(scenes, seed=scenes.seed + 1000, things=(1, 2))
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -217,31 +215,23 @@ class VlmLessons(Dataset):
         return image.resize((SIDE, SIDE)), query, text
 
 
-class Collate:
-    """Turn items into the processor's batch, with labels that are -100 outside the completion."""
-
-    def __init__(self, processor: Qwen2_5_VLProcessor):
-        self.processor = processor
-        self.start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
-
-    def __call__(self, items: list[tuple]) -> dict[str, torch.Tensor]:
-        images, queries, texts = zip(*items, strict=True)
-        prompts = self.processor.apply_chat_template(
-            [messages(q, "brief", "pixels", SIDE) for q in queries],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        rows = [prompt + text + "<|im_end|>" for prompt, text in zip(prompts, texts, strict=True)]
-        batch = self.processor(
-            text=rows, images=list(images), return_tensors="pt", padding=True, padding_side="right"
-        )
-        ids = batch["input_ids"]
-        opened = (ids == self.start).cumsum(1)  # 1 in the user's turn, 2 in the assistant's
-        header = torch.zeros_like(ids, dtype=torch.bool)  # <|im_start|> assistant \n
-        first = (opened == 2).int().argmax(1, keepdim=True)
-        header.scatter_(1, first + torch.arange(3), True)
-        completion = (opened == 2) & ~header & (batch["attention_mask"] == 1)
-        return dict(batch, labels=ids.masked_fill(~completion, -100))
+def collate(processor: Qwen2_5_VLProcessor, items: list[tuple]) -> dict[str, torch.Tensor]:
+    """The processor's batch of some items, with labels that are -100 outside the completion."""
+    images, queries, texts = zip(*items, strict=True)
+    chats = [messages(query, "brief", "pixels", SIDE) for query in queries]
+    prompts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    rows = [prompt + text + "<|im_end|>" for prompt, text in zip(prompts, texts, strict=True)]
+    batch = processor(
+        text=rows, images=list(images), return_tensors="pt", padding=True, padding_side="right"
+    )
+    ids = batch["input_ids"]
+    start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    opened = (ids == start).cumsum(1)  # 1 in the user's turn, 2 in the assistant's
+    header = torch.zeros_like(ids, dtype=torch.bool)  # <|im_start|> assistant \n
+    first = (opened == 2).int().argmax(1, keepdim=True)
+    header.scatter_(1, first + torch.arange(3), True)
+    completion = (opened == 2) & ~header & (batch["attention_mask"] == 1)
+    return dict(batch, labels=ids.masked_fill(~completion, -100))
 
 
 def train_vlm(out: Path) -> None:
@@ -272,8 +262,8 @@ def train_vlm(out: Path) -> None:
 def study(vlm, processor, lessons: Dataset, opts: list, steps: int, title: str) -> None:
     """Supervised training on the completions' tokens."""
     plans = schedule(opts, steps)
-    collate = Collate(processor)
-    loader = DataLoader(lessons, BATCH, collate_fn=collate, num_workers=1, prefetch_factor=8)
+    join = partial(collate, processor)
+    loader = DataLoader(lessons, BATCH, collate_fn=join, num_workers=1, prefetch_factor=8)
     vlm.train()
     bar = tqdm(loader, desc=title, unit="step")
     for batch in bar:
@@ -294,7 +284,8 @@ def report_vlm(out: Path) -> None:
     sam = load_sam(f"tiny:{out / 'sam.safetensors'}")
     for stage in ("vlm-clean", "vlm"):
         path = str(out / stage)
-        policy, scorer = load_vlm(path, "cpu", SIDE, "brief"), SamScorer(sam)
+        policy = load_vlm(path, "cpu", SIDE, "brief")
+        scorer = SamScorer(sam)
         s = samr1_mini.parse_settings("train", ["--vlm", path])
         rows = samr1_mini.evaluate(policy, scorer, Shapes("heldout"), s, 256, stage)
         greedy = samr1_mini.compute_metrics(rows)

@@ -81,27 +81,16 @@ class Asker:
         text = policy.texts(completions)[0][0]
         return start + text.removeprefix(policy.opening) if start else text
 
-    def score(self, sample: Sample, text: str) -> Scores:
-        """The reward of one completion, (1, 1), with its mask."""
-        return score_completions(
-            self.scorer,
-            [sample],
-            [[text]],
-            extent=self.policy.extent,
-            keep_masks=True,
-            style=self.policy.prompt,
-        )
-
 
 def drawn_scene(number: int) -> Sample:
-    """A held-out scene. Raises UserError if there is none with this number."""
+    """A held-out scene."""
     if number not in range(len(SCENES)):
         raise UserError(f"scenes have numbers from 0 to {len(SCENES) - 1}")
     return SCENES[number]
 
 
 def uploaded_picture(file: str) -> Sample:
-    """A picture of the user's, scaled down to LARGEST. Raises UserError if it cannot be used."""
+    """A picture of the user's, scaled down to LARGEST."""
     try:
         image = read_picture(file)
     except UserError as error:
@@ -140,7 +129,14 @@ def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str 
     known = query == shown.query
     sample = shown if known else without_mask(shown.image, query)
     text = asker.complete(sample, trained, f"<think>{thought}</think>" if thought else "")
-    scores = asker.score(sample, text)
+    scores = score_completions(
+        asker.scorer,
+        [sample],
+        [[text]],
+        extent=asker.policy.extent,
+        keep_masks=True,
+        style=asker.policy.prompt,
+    )  # (1, 1)
     mask = scores.overlap.masks[0][0].cpu().numpy()
     truth = sample.mask if known else None
     picture = pictures.answer_picture(sample.image, mask, scores.prompts[0][0], truth, side=480)
@@ -193,11 +189,9 @@ def build_page(gr, asker: Asker):
                 gr.on([ask.click, query.submit], handler, [shown, query], outputs, **queue)
                 starts = [resume.click, thought.submit]
                 gr.on(starts, handler, [shown, query, thought], outputs, **queue)
-        for start, make, source in (
-            (number.submit, drawn_scene, number),
-            (upload.upload, uploaded_picture, upload),
-        ):
-            start(functools.partial(with_message, gr, show, make), source, [shown, picture, query])
+        outputs = [shown, picture, query]
+        number.submit(functools.partial(with_message, gr, show, drawn_scene), number, outputs)
+        upload.upload(functools.partial(with_message, gr, show, uploaded_picture), upload, outputs)
     return page
 
 

@@ -19,6 +19,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -71,8 +72,6 @@ def download(
 
     check: function of a path that raises UserError if this is the wrong file.
     size:  bytes of the whole file. With it, the next call resumes at the end of FILE.part.
-
-    Raises UserError.
     """
     part = file.with_name(file.name + ".part")
     start = part.stat().st_size if size and part.is_file() else 0
@@ -90,10 +89,7 @@ def download(
 
 
 def unpack(archive: Path, files: list[Path]) -> None:
-    """Extract files from a zip archive. Raises UserError if that is impossible.
-
-    Entries are found by the name of each file. Paths in the archive are never used.
-    """
+    """Extract files from a zip archive by their names. Paths in the archive are never used."""
     try:
         with zipfile.ZipFile(archive) as bundle:
             entries = {Path(entry).name: entry for entry in bundle.namelist()}
@@ -110,51 +106,32 @@ def fetch_annotations(name: str, root: Path) -> None:
     folder = root / name
     folder.mkdir(exist_ok=True)
     files = [folder / REFS[name], folder / "instances.json"]
+    if all(file.is_file() for file in files):
+        return
     archive = folder / f"{name}.zip"
     for url in ARCHIVES[name]:
-        if all(file.is_file() for file in files):
-            return
         print(f"downloading the annotations from {url}")
         try:
-            download(url, archive, lambda part: unpack(part, files))
-            archive.unlink()
+            download(url, archive, partial(unpack, files=files))
+            return archive.unlink()
         except UserError as error:
             print(f"not downloaded: {error}", file=sys.stderr)
-    if not all(file.is_file() for file in files):
-        raise UserError(f"no mirror has the annotations of {name}: {AGAIN} later")
-
-
-def list_images(name: str, root: Path, sizes: dict[str, int | None]) -> dict:
-    """The images of some splits, as {file name: (width, height) in pixels}.
-
-    sizes: {split: number of its expressions}; None is all of them.
-    """
-    images = {}
-    for split, size in sizes.items():
-        expressions = read_expressions(name, root, split, size)
-        found = dict(one.image for one in expressions if one.image)
-        print(f"{name} {split}: {len(expressions):,} expressions on {len(found):,} images")
-        images |= found
-    return images
+    raise UserError(f"no mirror has the annotations of {name}: {AGAIN} later")
 
 
 def fetch_images(images: dict[str, tuple[int, int]], folder: Path, jobs: int) -> None:
     """Download the images that `folder` does not have, with `jobs` connections.
 
-    Raises UserError if some are still missing afterwards.
+    images: {file name: (width, height) in pixels}.
     """
 
-    def fetch_image(file_name: str) -> str:
-        """The reason why an image could not be downloaded, or ""."""
-
-        def check(part: Path) -> None:
-            read_image(part, hint="the same command again", size=images[file_name])
-
+    def fetch_image(file_name: str) -> str | None:
+        """The reason why an image could not be downloaded, if so."""
+        check = partial(read_image, hint="the same command again", size=images[file_name])
         try:
             download(f"{COCO_URL}/{file_name}", folder / file_name, check)
         except UserError as error:
             return str(error)
-        return ""
 
     folder.mkdir(parents=True, exist_ok=True)
     missing = [file_name for file_name in images if not (folder / file_name).is_file()]
@@ -180,12 +157,18 @@ def fetch_refer(args: argparse.Namespace) -> None:
     root = args.out
     fetch_annotations(name, root)
     # Evaluation reads the first expressions of val. A small subsample is the beginning of val.
-    sizes = {"train": args.samples, "val": args.heldout}
+    sizes = {"train": args.samples, "val": args.heldout}  # number of expressions, None is all
     flags = f"--data '{name}:{root}' --train_samples {args.samples} --eval_samples {args.heldout}"
     if args.split:
         sizes = {args.split: args.samples if args.split == "train" else None}
         flags = f"--data '{name}:{root}/{args.split}'"
-    fetch_images(list_images(name, root, sizes), root / PHOTOGRAPHS, args.jobs)
+    images = {}
+    for split, size in sizes.items():
+        expressions = read_expressions(name, root, split, size)
+        found = dict(one.image for one in expressions if one.image)
+        print(f"{name} {split}: {len(expressions):,} expressions on {len(found):,} images")
+        images |= found
+    fetch_images(images, root / PHOTOGRAPHS, args.jobs)
     print(f"complete. Use it with {flags}")
 
 

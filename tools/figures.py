@@ -27,15 +27,22 @@ from data import Sample
 from grpo import Completions, group_advantages, may_attend, pack
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.runs import save_figure
-from plumbing.sam import load_sam
+from plumbing.runs import read_rows, save_figure
 from plumbing.settings import Settings
 from plumbing.sources import load_data
-from plumbing.vlm import Prompts, load_vlm
-from reward import SamScorer, accuracy_reward, score_completions
-from samr1_mini import sample_completions
+from plumbing.vlm import Prompts
+from reward import accuracy_reward, score_completions
+from samr1_mini import load_policy, load_scorer, sample_completions
 
 ROOT = Path(__file__).resolve().parent.parent
+PANELS = {  # of metrics.jsonl; README shows the first two
+    "reward": "mean reward (of 6)",
+    "iou": "IoU of sampled masks",
+    "kl": "KL to the reference",
+    "entropy": "entropy, nats per token",
+    "length": "length, tokens",
+    "equal_groups": "share of groups with equal rewards",
+}
 FAILED = 0.5  # README shows the first held-out scenes on which the base model's IoU is below this
 
 
@@ -45,10 +52,6 @@ def read_settings(run: Path) -> Settings:
     return Settings(**{name: config[name] for name in names & set(config)})
 
 
-def read_metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def answer(run: Path, trained: bool, samples: list[Sample], group_size: int = 0):
     """Completions of a run's policy, or of its base model: (texts, reward.Scores), B x G.
 
@@ -56,13 +59,12 @@ def answer(run: Path, trained: bool, samples: list[Sample], group_size: int = 0)
     """
     s = read_settings(run)
     s.group_size = group_size
-    adapter = str(run / "adapter") if trained else "none"
-    policy = load_vlm(s.vlm, s.device, s.side, s.prompt, adapter, s.dtype)
+    policy = load_policy(s, str(run / "adapter") if trained else "none")
     prompts = policy.read(samples)
     generator = torch.Generator(policy.device).manual_seed(0)
     completions = sample_completions(policy, prompts, s, generator, greedy=not group_size)
     texts = policy.texts(completions)
-    scorer = SamScorer(load_sam(s.sam), policy.device)
+    scorer = load_scorer(s, policy.device)
     return texts, score_completions(scorer, samples, texts, policy.extent, keep_masks=True)
 
 
@@ -84,29 +86,25 @@ def readme(run: Path, count: int = 5, search: int = 64) -> Figure:
             axes.set_title(f"{name}: IoU {scores.iou[b, 0]:.2f}", fontsize=10)
             axes.set_xlabel(textwrap.fill(one.query, 24) if name == "trained" else "", fontsize=10)
     pictures.draw_legend(upper)
-    panels = {"reward": "mean reward (of 6)", "iou": "IoU of sampled masks"}
-    for axes, (name, title) in zip(lower.subplots(1, 2), panels.items(), strict=True):
-        pictures.smooth(axes, read_metrics(run), name, "C0")
-        axes.set_title(title, fontsize=10)
+    draw_curves(lower.subplots(1, 2), run)
     return figure
 
 
-def seeds(*runs: Path) -> Figure:
-    panels = {
-        "reward": "mean reward (of 6)",
-        "iou": "IoU of sampled masks",
-        "kl": "KL to the reference",
-        "entropy": "entropy, nats per token",
-        "length": "length, tokens",
-        "equal_groups": "share of groups with equal rewards",
-    }
-    figure = Figure(figsize=(10, 6), dpi=110, layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+def draw_curves(grid, *runs: Path) -> None:
+    """A panel for each of the first PANELS, with a curve for each run."""
+    for axes, (name, title) in zip(grid.flat, PANELS.items(), strict=False):
         for k, run in enumerate(runs):
+            rows = read_rows(run / "metrics.jsonl", {"step"})
             label = f"seed {read_settings(run).seed}"
-            pictures.smooth(axes, read_metrics(run), name, f"C{k}", label=label)
+            pictures.smooth(axes, rows, name, f"C{k}", label=label)
         axes.set_title(title, fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
+
+
+def seeds(*runs: Path) -> Figure:
+    figure = Figure(figsize=(10, 6), dpi=110, layout="constrained")
+    grid = figure.subplots(2, 3)
+    draw_curves(grid, *runs)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(runs), fontsize=10)
     return figure
 
@@ -157,10 +155,7 @@ def draw_scene_and_note(figure, sample: Sample) -> None:
 def draw_advantage(axes, advantage: float) -> None:
     axes.bar([0], [advantage], color="C0" if advantage > 0 else "C3", width=0.5)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlim(-1, 1)
-    axes.set_ylim(-1.6, 1.6)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[], yticks=[])
     axes.set_xlabel(f"5. advantage {advantage:+.2f}", fontsize=9)
 
 
@@ -179,9 +174,8 @@ def mask() -> Figure:
     figure = Figure(figsize=(7.4, 7.2), dpi=110, layout="constrained")
     axes = figure.subplots()
     shown = torch.where(seen, segments[0] + 1, 0)
-    axes.pcolormesh(
-        shown, cmap=ListedColormap(["white", *colours]), vmin=0, vmax=4, edgecolor="#cccccc"
-    )
+    palette = ListedColormap(["white", *colours])
+    axes.pcolormesh(shown, cmap=palette, vmin=0, vmax=4, edgecolor="#cccccc")
     axes.set_aspect("equal")
     axes.invert_yaxis()
     ticks = positions[0, 0].tolist()
@@ -217,7 +211,6 @@ def tiers() -> Figure:
 
 
 FIGURES = {"readme": readme, "seeds": seeds, "loop": loop, "mask": mask, "tiers": tiers}
-WITHOUT_RUN = ("mask", "tiers")
 
 
 def main(argv: list[str]) -> None:
@@ -228,7 +221,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="file to write (default: assets/FIGURE.png)")
     options = parser.parse_args(argv)
     name = options.figure
-    count = 0 if name in WITHOUT_RUN else 1
+    count = 0 if name in ("mask", "tiers") else 1
     if len(options.run) != count and not (name == "seeds" and options.run):
         raise UserError(f"{name} needs {count} folder(s) of finished runs")
     for run in options.run:

@@ -65,13 +65,10 @@ def policy_parts(s, config: PretrainedConfig, width: int) -> Parts:
     matrices = [m.weight.numel() for m in linears] if s.dtype == "4bit" else []
     weights = sum(p.numel() for p in model.parameters()) - sum(matrices)
     adapter = s.lora_rank * sum(m.in_features + m.out_features for m in linears)
+    held = "weight, gradient, two moments of AdamW, float32"
     parts = {
         "policy weights": (weights * width, f"{weights / 1e9:.2f}e9 weights x {width} bytes"),
-        "adapter": (
-            adapter * 16,
-            f"{adapter / 1e6:.1f}e6 weights x 16 bytes: weight, gradient, two moments of AdamW, "
-            "float32",
-        ),
+        "adapter": (adapter * 16, f"{adapter / 1e6:.1f}e6 weights x 16 bytes: {held}"),
     }
     if matrices:
         parts["policy weights, 4 bit"] = (
@@ -79,8 +76,7 @@ def policy_parts(s, config: PretrainedConfig, width: int) -> Parts:
             f"{sum(matrices) / 1e9:.2f}e9 x {BYTES_4BIT:.3f} bytes: 4 bit, and scales of blocks",
         )
         largest = max(matrices)
-        why = f"{largest / 1e6:.0f}e6 x {width} bytes"
-        parts["one matrix converted"] = (largest * width, why)
+        parts["one matrix converted"] = (largest * width, f"{largest / 1e6:.0f}e6 x {width} bytes")
     return parts
 
 
@@ -90,19 +86,17 @@ def rollout_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
     rows = prompts * s.group_size
     length = -(-(P + s.max_new_tokens) // 16) * 16  # the cache's length is a multiple of 16
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers, heads = text.num_hidden_layers, text.num_key_value_heads
+    layers = text.num_hidden_layers
+    heads = text.num_key_value_heads
+    V = text.vocab_size
+    copied = "while they are copied to the completions' rows"
+    sampled = "logits, 3 tensors of sampling"
     token = layers * 2 * heads * head * width  # bytes of keys and values
     why = f"{layers} layers x 2 x {heads} heads x {head} x {width} bytes"
     return {
         "keys and values": (rows * length * token, f"{rows} rows x {length} tokens x {why}"),
-        "keys of the prompts": (
-            prompts * P * token,
-            f"{prompts} x {P} tokens, while they are copied to the completions' rows",
-        ),
-        "logits": (
-            rows * text.vocab_size * 14,
-            f"{rows} rows x {text.vocab_size} x (2 + 3 x 4) bytes: logits, 3 tensors of sampling",
-        ),
+        "keys of the prompts": (prompts * P * token, f"{prompts} x {P} tokens, {copied}"),
+        "logits": (rows * V * 14, f"{rows} rows x {V} x (2 + 3 x 4) bytes: {sampled}"),
     }
 
 
@@ -145,10 +139,8 @@ def update_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
     layers = text.num_hidden_layers
     inputs = (layer * layers, f"{tokens} x {layers} layers x {why}")
     if s.save_memory >= 2:  # only the inputs are kept, the rest is recomputed
-        inputs = (
-            rows * L * layers * hidden * width,
-            f"{tokens} x {layers} layers x {hidden} x {width} bytes",
-        )
+        size = rows * L * layers * hidden * width
+        inputs = (size, f"{tokens} x {layers} layers x {hidden} x {width} bytes")
     parts = {
         "inputs of the layers": inputs,
         "attention mask": (rows * L * L * 3, f"{rows} x {L} x {L} x (1 + 2) bytes"),

@@ -68,21 +68,15 @@ def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
     return model.eval()(**inputs).logits.float()
 
 
-def check_same(
-    merged: torch.Tensor,
-    adapter: torch.Tensor,
-    base: torch.Tensor,
-    dtype: torch.dtype,
-    flag: str,
-) -> None:
+def check_same(merged, adapter, base, dtype: torch.dtype, flag: str) -> None:
     """Raise UserError if the merged model's logits are not the adapter's. base: without it.
 
     The weights are rounded to `dtype` once more, so the logits differ a little.
     """
     rounding = max(1e-4, 4 * torch.finfo(dtype).eps) * adapter.norm()
-    error = (merged - adapter).norm()
-    if not error <= 0.1 * (adapter - base).norm() + rounding:
-        largest = (merged - adapter).abs().max()
+    difference = merged - adapter
+    if not difference.norm() <= 0.1 * (adapter - base).norm() + rounding:
+        largest = difference.abs().max()
         raise UserError(
             f"{flag}: it cannot be merged: the logits of the merged model differ by {largest:.2g} "
             "(an adapter of a tied lm_head?): use the adapter itself"

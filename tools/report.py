@@ -27,7 +27,11 @@ from plumbing.runs import write_text
 from reward import SamPrompt
 
 COLUMNS = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5", "n": "samples"}
-CLIPPED = {1: ("above", "\u25b2"), -1: ("below", "\u25bc")}  # how a clipped token is marked
+CLIPPED = {  # a token, and the marks of one that was clipped above or below
+    0: "{}",
+    1: '<mark class="above">{}\u25b2</mark>',
+    -1: '<mark class="below">{}\u25bc</mark>',
+}
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8">
@@ -67,22 +71,17 @@ def decode(uri: str) -> Image.Image:
 
 def text_html(answer: dict) -> str:
     """The tokens of a completion, with marks at those that were clipped."""
-    parts = []
     sides = answer["clipped"] or [0] * len(answer["tokens"])
-    for token, side in zip(answer["tokens"], sides, strict=True):
-        shown = html.escape(token)
-        if side:
-            name, sign = CLIPPED[side]
-            shown = f'<mark class="{name}">{shown}{sign}</mark>'
-        parts.append(shown)
-    return "".join(parts)
+    pairs = zip(answer["tokens"], sides, strict=True)
+    return "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
 
 
 def answer_html(one: dict, answer: dict) -> str:
     """A completion: its picture, reward, IoU, advantage, clipped tokens and text."""
-    image, mask, truth = map(decode, (one["image"], answer["mask"], one["truth"]))
+    mask = np.asarray(decode(answer["mask"]))
+    truth = np.asarray(decode(one["truth"]))
     prompt = SamPrompt(answer["box"], answer["points"])
-    picture = pictures.answer_picture(image, np.asarray(mask), prompt, np.asarray(truth))
+    picture = pictures.answer_picture(decode(one["image"]), mask, prompt, truth)
     line = (
         "reward <b>{reward:.3g}</b> = {accuracy:.3g} accuracy + {think_format:.3g} think "
         "+ {answer_format:.3g} answer<br>IoU <b>{iou:.2f}</b>"
@@ -106,7 +105,8 @@ def scene_html(one: dict) -> str:
 def means(samples: list[dict]) -> str:
     """Mean reward and IoU of the completions of some samples, as text."""
     answers = [answer for one in samples for answer in one["completions"]]
-    reward, iou = (np.mean([answer[name] for answer in answers]) for name in ("reward", "iou"))
+    reward = np.mean([answer["reward"] for answer in answers])
+    iou = np.mean([answer["iou"] for answer in answers])
     return f"mean reward {reward:.3g}, mean IoU {iou:.2f}"
 
 
@@ -142,10 +142,12 @@ def curves_html(rows: list[dict]) -> str:
     return f'<img src="{uri}" alt="Curves of {len(rows)} steps">'
 
 
-def read(file: Path, line: bytes | None = None):
-    """The JSON in a file, or in a line of it. Raises UserError if it is damaged."""
+def read(file: Path, lines: bool = False):
+    """The JSON in a file, or a list of that in its lines. Raises UserError if it is damaged."""
     try:
-        return json.loads(file.read_bytes() if line is None else line)
+        if lines:  # one without an end is still being written
+            return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+        return json.loads(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): delete it, or what is damaged") from error
 
@@ -160,10 +162,8 @@ def report_html(run: Path) -> str:
     results = "<p>No evaluation was written yet.</p>"
     if (file := run / "eval.json").is_file():
         results = results_html(read(file))
-    rows = []
-    if (file := run / "metrics.jsonl").is_file():
-        lines = file.read_bytes().split(b"\n")[:-1]  # a line without an end is still being written
-        rows = [read(file, line) for line in lines]
+    file = run / "metrics.jsonl"
+    rows = read(file, lines=True) if file.is_file() else []
     files = sorted((run / "rollouts").glob("step_*.json"))
     steps = [step_html(read(file), file == files[-1]) for file in files]
     page = PAGE.substitute(
