@@ -28,7 +28,7 @@ from makers import (
     runs,
     shape,
 )
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
@@ -154,7 +154,6 @@ BAD_SEGMENTATIONS = [
     [[1, 1, "x", 3, 4, 4]],
     {"size": [12, 7], "counts": [84]},
     {"size": [7, 12], "counts": [2, 30_000_000]},  # pycocotools would write to foreign memory
-    {"size": [7, 12], "counts": [-2, 86]},
     {"size": [7, 12], "counts": "n2g0"},  # 84 zeros and ones, compressed
     [3],
     [[2, 2, 6, 2, 6, 5, 2]],  # pycocotools would leave the last number out
@@ -184,27 +183,22 @@ def numbered(made, refs: type, instances: type) -> None:
     (made.root / "refcocog" / "instances.json").write_text(json.dumps(content))
 
 
-def test_ids_join_also_if_they_are_texts(tmp_path):
-    made = make_refcocog(tmp_path)
-    for types in ((int, str), (str, int), (str, "0{}".format), (float, int)):
-        numbered(made, *types)
-        (one,) = RefCOCO("refcocog", tmp_path, "val")
-        assert one.id == "refcocog-1-8" and one.mask.any(), types
+@pytest.mark.parametrize("refs, instances", [(int, str), (str, "0{}".format), (float, int)])
+def test_ids_join_also_if_they_are_texts(tmp_path, refs, instances):
+    numbered(make_refcocog(tmp_path), refs, instances)
+    (one,) = RefCOCO("refcocog", tmp_path, "val")
+    assert one.id == "refcocog-1-8" and one.mask.any()
 
 
-OTHER_IDS = [
-    (np.int64, int, "as int() gives"),
-    (lambda n: [n], int, "[1]"),
-    ("a{}".format, int, "a1"),
-]
-OTHER_IDS += [
-    (int, "a{}".format, "'a9'"),
-    (int, lambda n: n + 0.5, "9.5"),
-    (int, lambda n: None, "None"),
-]
-
-
-@pytest.mark.parametrize("refs, instances, word", OTHER_IDS)
+@pytest.mark.parametrize(
+    "refs, instances, word",
+    [
+        (np.int64, int, "as int() gives"),
+        ("a{}".format, int, "a1"),
+        (int, lambda n: n + 0.5, "9.5"),
+        (int, lambda n: None, "None"),
+    ],
+)
 def test_other_ids_are_named_and_no_file_is_to_be_deleted(tmp_path, refs, instances, word):
     numbered(make_refcocog(tmp_path), refs, instances)
     message = error_of(RefCOCO, "refcocog", tmp_path, "val")
@@ -214,15 +208,10 @@ def test_other_ids_are_named_and_no_file_is_to_be_deleted(tmp_path, refs, instan
 # The subsample. These ids must be the same on every machine and in every Python version.
 
 
-def make_refs() -> list[dict]:
-    """5,000 references with 1 to 4 sentences each."""
-    sentences = [
-        [{"sent_id": 10 * i + (n * 3 + i) % 7} for n in range(1 + i % 4)] for i in range(5000)
-    ]
-    return [{"ref_id": i * 7919 % 10007, "sentences": sentences[i]} for i in range(5000)]
-
-
-REFS = make_refs()
+REFS = []  # with 1 to 4 sentences each
+for i in range(5000):
+    sentences = [{"sent_id": 10 * i + (n * 3 + i) % 7} for n in range(1 + i % 4)]
+    REFS.append({"ref_id": i * 7919 % 10007, "sentences": sentences})
 FIRST_IDS = ["2815-44511", "2738-44754", "3223-4255"]
 DIGEST = "63773915f8324d873baf2a7cb070157d3ffa75a792da9a79f2cd837959edf968"
 
@@ -231,13 +220,10 @@ def ids(pairs) -> list[str]:
     return [f"{ref['ref_id']}-{sentence['sent_id']}" for ref, sentence in pairs]
 
 
-def digest(names: list[str]) -> str:
-    return hashlib.sha256(" ".join(names).encode()).hexdigest()
-
-
 def test_the_subsample_has_known_ids():
     found = ids(subsample(REFS, 3000, "refcocog-train-0"))
-    assert found[:3] == FIRST_IDS and digest(found) == DIGEST
+    assert found[:3] == FIRST_IDS
+    assert hashlib.sha256(" ".join(found).encode()).hexdigest() == DIGEST
     shuffled = random.Random(5).sample(REFS, len(REFS))
     shuffled = [ref | {"sentences": ref["sentences"][::-1]} for ref in shuffled]
     assert ids(subsample(shuffled, 3000, "refcocog-train-0")) == found
@@ -353,28 +339,21 @@ class Payload:
         return os.mkdir, (str(self.folder),)
 
 
-def hostile_pickles(mark: Path) -> list[bytes]:
-    """Pickles that make the folder `mark`: written by this Python, and by hand in old opcodes."""
-    path = str(mark).encode()
-    refs = [{"ref_id": 1, "split": "train", "sentences": [], "x": Payload(mark)}]
-    return [
-        *(pickle.dumps(refs, protocol) for protocol in (0, pickle.HIGHEST_PROTOCOL)),
-        b"(S'" + path + b"'\nios\nmkdir\n.",
-        b"(cos\nmkdir\nS'" + path + b"'\no.",
-    ]
-
-
-def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path):
+@pytest.mark.parametrize("protocol", [0, pickle.HIGHEST_PROTOCOL, "by hand, in old opcodes"])
+def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path, protocol):
     make_refcocog(tmp_path)
     mark = tmp_path / "ran"
-    for content in hostile_pickles(mark):
-        pickle.loads(content)
-        assert mark.exists(), content  # the plain unpickler runs it
-        mark.rmdir()
-        (tmp_path / "refcocog" / "refs(umd).p").write_bytes(content)
-        text = error_of(RefCOCO, "refcocog", tmp_path, "train")
-        assert "refs(umd).p" in text and "mkdir, but it may hold plain data only" in text
-        assert not mark.exists(), content
+    if isinstance(protocol, int):
+        refs = [{"ref_id": 1, "split": "train", "sentences": [], "x": Payload(mark)}]
+        content = pickle.dumps(refs, protocol)
+    else:
+        content = f"(S'{mark}'\nios\nmkdir\n.".encode()
+    pickle.loads(content)
+    mark.rmdir()  # the plain unpickler has run it
+    (tmp_path / "refcocog" / "refs(umd).p").write_bytes(content)
+    text = error_of(RefCOCO, "refcocog", tmp_path, "train")
+    assert "refs(umd).p" in text and "mkdir, but it may hold plain data only" in text
+    assert not mark.exists()
 
 
 def test_a_wrong_name_or_a_missing_file_is_one_line(tmp_path):
@@ -497,11 +476,10 @@ def test_reasonseg_masks_equal_those_of_lisas_reader(tmp_path, cv2):
     overlap = found["overlap_0003"]  # "Ignore_edge" is ignored as well
     assert overlap.ignore.sum() == 6 * 8 + 20 * 3
     assert overlap.mask.sum() == 9 * 12 - 3 * 8 - 9 * 2
-    first = found["café_0001"]  # a rectangle: corners are truncated, and belong to it
+    first = found["caf\u00e9_0001"]  # a rectangle: corners are truncated, and belong to it
     assert first.mask[5:19, 4:21].all() and first.mask.sum() == 14 * 17
     assert first.image.size == (40, 30)
-    assert first.query == "What at the café keeps the rain off…"  # cp1252, and the first of two
-    assert (tmp_path / "test" / "café_0001.json").read_bytes().count(b"\x85") == 1
+    assert first.query == "What at the caf\u00e9 keeps the rain off\u2026"  # cp1252, first of two
     flagged = found["flagged_0002"]
     assert flagged.mask[3:9, 2:10].all() and flagged.mask.sum() == 48
 
@@ -541,16 +519,13 @@ def test_the_type_of_a_shape_is_honoured():
 
 
 BAD_SHAPES = [
-    *[
-        shape("target", (1, 1), (5, 3), kind=kind)
-        for kind in ("line", "linestrip", "points", "box")
-    ],
+    shape("target", (1, 1), (5, 3), kind="line"),
+    shape("target", (1, 1), (5, 3), kind="box"),
     shape("ignore", (1, 1), kind="point"),
     shape("target", (1, 1), kind="circle"),
     shape("target", (1, 1), (2, 2), (3, 3), kind="rectangle"),
     shape("target", (1, 1), (5, 3), kind="mask"),
     shape("target", (1, 1), (5, 4), kind="mask", **png(np.ones((3, 5)))),
-    shape("target", (4, 1), (8, 3), kind="mask", **png(np.ones((3, 5)))),
     shape("target", (-1, 1), (3, 3), kind="mask", **png(np.ones((3, 5)))),
     shape("target", *box(8, 1, 12, 3)),  # beside the picture: an empty mask would be the truth
 ]
@@ -628,15 +603,11 @@ def test_a_bad_reasonseg_annotation_is_named(tmp_path):
 
 OTHER_ENCODINGS = {
     "gbk": ["红色的杯子", "the 杯子", "图中最左边的人是谁？"],
-    "big5": ["紅色的杯子"],
     "shift_jis": ["赤いカップ", "これは何ですか"],
-    "euc_kr": ["빨간 컵", "왼쪽에 있는 사람"],
+    "euc_kr": ["빨간 컵"],
     "cp1251": ["красная чашка"],
-    "koi8_r": ["красная чашка"],
     "cp1253": ["το κόκκινο φλιτζάνι"],
-    "cp1255": ["הכוס האדומה"],
     "cp1256": ["الكوب الأحمر"],
-    "cp874": ["ถ้วยสีแดง"],
     "cp1250": ["po żółtej stronie", "miły"],
     "mac_roman": ["the café", "the man’s hat"],
     "cp437": ["the café", "Käse", "große Tür"],
@@ -694,36 +665,30 @@ def test_a_missing_or_broken_reasonseg_file_is_named(tmp_path):
     assert dataset.names == made.names
     words = {"nested_0004": "json is missing", "thin_0005": "jpg is missing"}
     words["flagged_0002"] = "Truncated"
-    for k, name in enumerate(dataset.names):
-        if name not in words:
-            assert dataset[k].mask.any()
-            continue
-        text = error_of(dataset.__getitem__, k, kind=BadSample)
-        assert name in text and words[name] in text and "python -m tools.fetch reasonseg" in text
+    for name, word in words.items():
+        text = error_of(dataset.__getitem__, dataset.names.index(name), kind=BadSample)
+        assert name in text and word in text and "python -m tools.fetch reasonseg" in text
+    assert dataset[dataset.names.index("overlap_0003")].mask.any()
 
 
-NO_TARGETS = [[], [shape("flag", *box(2, 2, 5, 5))], [shape("ignore", *box(1, 1, 9, 9))]]
-
-
-@pytest.mark.parametrize("shapes", NO_TARGETS, ids=["empty", "flag", "ignore"])
-def test_an_image_without_a_target_is_evaluated_but_not_trained_on(tmp_path, shapes):
+@pytest.mark.parametrize("label", ["flag", "ignore"])
+def test_an_image_without_a_target_is_evaluated_but_not_trained_on(tmp_path, label):
     pytest.importorskip("cv2")
     made = make_reasonseg(tmp_path)
     index = made.names.index("nested_0004")
-    for split in ("train", "val", "test"):
+    for split in ("train", "test"):
         file = tmp_path / split / "nested_0004.json"
-        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"shapes": shapes}))
-        dataset = ReasonSeg(tmp_path, split)
-        if split == "train":
-            assert "no pixel is target" in error_of(dataset.__getitem__, index, kind=BadSample)
-            continue
-        one = dataset[index]
-        assert one.mask.dtype == bool and not one.mask.any()
-        assert one.mask.shape == (one.image.height, one.image.width)
-        if shapes and shapes[0]["label"] == "ignore":
-            assert one.ignore.sum() == 81
-        else:
-            assert one.ignore is None
+        note = json.loads(file.read_text("utf-8")) | {"shapes": [shape(label, *box(1, 1, 9, 9))]}
+        file.write_text(json.dumps(note))
+    train, test = (ReasonSeg(tmp_path, split) for split in ("train", "test"))
+    assert "no pixel is target" in error_of(train.__getitem__, index, kind=BadSample)
+    one = test[index]
+    assert one.mask.shape == (one.image.height, one.image.width)
+    assert one.mask.dtype == bool and not one.mask.any()
+    if label == "ignore":
+        assert one.ignore.sum() == 81
+    else:
+        assert one.ignore is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -746,17 +711,14 @@ def test_other_queries_are_only_stripped():
 
 def test_a_picture_is_rotated_by_its_exif_data(tmp_path):
     stored = Image.new("RGB", (4, 2))
-    stored.putpixel((0, 1), (255, 0, 0))  # bottom left, so top left after a turn to the right
-    turned(stored, tmp_path / "stored.png")
-    shown = photos.read_picture(str(tmp_path / "stored.png"))
-    assert shown.size == (2, 4) and shown.getpixel((0, 0)) == (255, 0, 0)
+    stored.putpixel((0, 1), (255, 0, 0))
+    file = tmp_path / "stored.png"
     for orientation in range(10):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        stored.save(tmp_path / "stored.png", exif=exif)
-        expected = ImageOps.exif_transpose(Image.open(tmp_path / "stored.png"))
-        shown = photos.read_picture(str(tmp_path / "stored.png"))
-        np.testing.assert_array_equal(shown, expected)
+        stored.save(file, exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(file))
+        np.testing.assert_array_equal(photos.read_picture(str(file)), expected)
 
 
 def with_tag(*tag: int) -> bytes:
@@ -779,7 +741,7 @@ def test_of_the_exif_data_only_the_orientation_is_read(tmp_path, tag):
     assert photos.read_image(tmp_path / "odd.jpg", "").size == (48, 64)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "CMYK"])
 def test_pictures_of_all_modes_with_8_bits_are_read(tmp_path, mode):
     file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     picture(8, 6, 0, mode=mode).save(file)
@@ -789,29 +751,32 @@ def test_pictures_of_all_modes_with_8_bits_are_read(tmp_path, mode):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "EPS", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "EPS"])
 def test_other_formats_are_refused(tmp_path, kind):
     """Pillow would start Ghostscript for EPS."""
-    if kind == "JPEG2000" and not features.check("jpg_2000"):
-        pytest.skip("this Pillow has no JPEG 2000")
     picture(8, 6, 0).save(tmp_path / "a.jpg", kind)
     assert "cannot identify" in error_of(photos.read_picture, str(tmp_path / "a.jpg"))
 
 
-def test_an_image_with_too_many_pixels_or_too_thin_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("deep.png", "8 bits"),
+        ("no.png", "cannot identify"),
+        ("thin.png", "201 x 1"),
+        ("large.png", "DecompressionBomb"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, name, word):
     Image.new("RGB", (200, 1)).save(tmp_path / "long.png")
     assert photos.read_picture(str(tmp_path / "long.png")).size == (200, 1)
     Image.new("RGB", (201, 1)).save(tmp_path / "thin.png")
     Image.new("RGB", (50, 1)).save(tmp_path / "large.png")
     Image.new("I;16", (9, 9)).save(tmp_path / "deep.png")
     (tmp_path / "no.png").write_bytes(b"no picture")
-    for name, word in (("deep.png", "8 bits"), ("no.png", "cannot identify")):
-        assert word in error_of(photos.read_picture, str(tmp_path / name))
-        assert word in error_of(photos.read_image, tmp_path / name, "the command")
-    for name, word in (("thin.png", "201 x 1"), ("large.png", "DecompressionBomb")):
-        if name == "large.png":
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-        text = error_of(photos.read_picture, str(tmp_path / name))
-        assert name in text and word in text
-        text = error_of(photos.read_image, tmp_path / name, "the command")
-        assert name in text and word in text and "the command" in text
+    if name == "large.png":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    text = error_of(photos.read_picture, str(tmp_path / name))
+    assert name in text and word in text
+    text = error_of(photos.read_image, tmp_path / name, "the command")
+    assert name in text and word in text and "the command" in text
