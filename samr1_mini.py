@@ -225,7 +225,7 @@ def prompts_per_pass(s: Settings) -> int:
     """Prompts that go through the model together when log-probs are computed.
 
     `fixed_logprobs` and `update` use passes of the same size, because the rounding of a matrix
-    product depends on the size of the batch. So the first update's ratio is exactly 1.
+    product depends on the size of the batch. So a ratio is exactly 1 before the first update.
     """
     return 1 if s.save_memory else s.prompts_per_step // s.minibatches
 
@@ -234,17 +234,22 @@ def prompts_per_pass(s: Settings) -> int:
 def fixed_logprobs(policy: Policy, prompts: Prompts, completions: Completions, s: Settings):
     """Log-probs under the policy that sampled, and under the reference, (B, G, T) each.
 
-    The old ones are None if the step has one update: they would equal the new ones. The reference,
-    the base model with the adapter switched off, is None if beta is 0.
+    The old ones of the first mini-batch are missing (NaN): `update` finds them when it computes
+    that mini-batch for the first time, because nothing has been updated yet. The reference, the
+    base model with the adapter switched off, is None if beta is 0.
     """
-    old, reference = [], []
-    for rows in slices(0, s.prompts_per_step, prompts_per_pass(s)):
-        if s.beta > 0:
-            with policy.model.disable_adapter():
-                reference.append(logprobs(policy, prompts[rows], completions[rows], s)[0])
-        if s.epochs * s.minibatches > 1:
-            old.append(logprobs(policy, prompts[rows], completions[rows], s)[0])
-    return torch.cat(old) if old else None, torch.cat(reference) if reference else None
+    old = torch.full(completions.mask.shape, torch.nan, device=policy.device)
+    for rows in slices(
+        s.prompts_per_step // s.minibatches, s.prompts_per_step, prompts_per_pass(s)
+    ):
+        old[rows] = logprobs(policy, prompts[rows], completions[rows], s)[0]
+    if s.beta == 0:
+        return old, None
+    reference = []
+    with policy.model.disable_adapter():
+        for rows in slices(0, s.prompts_per_step, prompts_per_pass(s)):
+            reference.append(logprobs(policy, prompts[rows], completions[rows], s)[0])
+    return old, torch.cat(reference)
 
 
 def update(
@@ -253,16 +258,16 @@ def update(
     prompts: Prompts,
     completions: Completions,
     advantages: torch.Tensor,
-    old: torch.Tensor | None,
+    old: torch.Tensor,
     reference: torch.Tensor | None,
     s: Settings,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Update the adapter. Returns `grpo.clip_side` of each token, (B, G, T), in the last epoch, and
     statistics to log.
 
-    advantages (B, G); old, reference: of `fixed_logprobs`. A mini-batch is computed in one or more
-    passes of b prompts (`prompts_per_pass`), whose gradients add up. The result does not depend on
-    how many passes there are.
+    advantages (B, G); old, reference: of `fixed_logprobs`; `old` is completed here. A mini-batch
+    is computed in one or more passes of b prompts (`prompts_per_pass`), whose gradients add up. The
+    result does not depend on how many passes there are.
     """
     policy.model.train()  # only for gradient checkpointing: there is no dropout
     mask = completions.mask.to(policy.device)
@@ -270,12 +275,14 @@ def update(
     clip_sides = torch.zeros(mask.shape, dtype=torch.int32, device=policy.device)
     log, norms = [], []
     minibatches = slices(0, s.prompts_per_step, s.prompts_per_step // s.minibatches)
-    for minibatch in minibatches * s.epochs:
+    for number, minibatch in enumerate(minibatches * s.epochs):
         for rows in slices(minibatch.start, minibatch.stop, prompts_per_pass(s)):
             new, entropy = logprobs(policy, prompts[rows], completions[rows], s)  # (b, G, T)
+            if number == 0:  # the policy is still the one that sampled: every ratio is 1
+                old[rows] = new.detach()
             loss, statistics, clip_sides[rows] = grpo_loss(
                 new,
-                old=new.detach() if old is None else old[rows],
+                old=old[rows],
                 reference=None if reference is None else reference[rows],
                 advantages=advantages[rows],
                 mask=mask[rows],

@@ -76,6 +76,16 @@ SWEEPS = {
         "giou ciou steps mean:iou last:iou last:kl",
         seeds=3,
     ),
+    "amount": Sweep(  # the paper's Table 6
+        {
+            "100 scenes": "--train_samples 100",
+            "300 scenes": "--train_samples 300",
+            "1000 scenes": "--train_samples 1000",
+            "mask": "",
+        },
+        "giou ciou box points last:iou",
+        seeds=3,
+    ),
     "failures": Sweep(
         {
             "sound": "",

@@ -74,7 +74,7 @@ class Data:
 class Rollouts:
     _argument_group_name = "rollouts and reward"
     train_samples: int = setting(
-        3000, "size of the subset of RefCOCO's training split. Paper: 3,000 of 104,560"
+        3000, "scenes or expressions to train on. Paper: 3,000 of RefCOCOg's 104,560"
     )
     seed: int = setting(0, "seed of the adapter's weights, the order of samples, and sampling")
     prompts_per_step: int = setting(8, "B, prompts in a step. *Assumed*: the paper does not say")

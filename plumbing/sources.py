@@ -15,14 +15,14 @@ def load_data(spec: str, split: str, samples: int = 3000):
     split:   "train" opens train, and refuses any other SPLIT: the evaluation after training would
              be of the same samples. "heldout" (for evaluation) opens SPLIT, or val if SPLIT is
              train or absent.
-    samples: number of RefCOCO expressions to train on (paper: 3,000). Evaluation uses all.
+    samples: number of scenes or expressions to train on (paper: 3,000). Evaluation uses all.
 
     Returns a data set with len() and [index], which returns a `data.Sample` or raises
     `data.BadSample`. Raises UserError with one line that starts with "--data SPEC: ".
     """
     try:
         if spec == "shapes":
-            return Shapes(split)
+            return Shapes("train", size=samples) if split == "train" else Shapes(split)
         if spec.startswith("hub:") and spec != "hub:":
             from plumbing.hub import open_hub  # few runs need it, and its imports take time
 

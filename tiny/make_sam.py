@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,17 @@ from plumbing.scenes import Thing, interior_points
 from reward import SamPrompt, SamScorer, decode_masks, sam_input
 
 # SAM's lessons
-SAM_STEPS, SAM_BATCH, SAM_PROMPTS = 2000, 8, 6  # scenes a step, prompts a scene
+SAM_STEPS, SAM_BATCH, SAM_PROMPTS = 5200, 8, 6  # scenes a step, prompts a scene
 CLUSTER_LESSONS = 0.8  # share of scenes with a cluster in which both of its shapes are prompted
 OUTER_BOX = 0.6  # share of these in which the upper shape comes with the lower one's box
-TIGHT, LOOSE_BOX, LOOSE_SHARE = 0.08, 0.3, 0.3  # box jitter, over its size; share of loose boxes
+TIGHT = 0.08  # jitter of the edges of a good box, over its size
+WRONG_BOX = 0.5  # share of boxes that are wrong:
+SHIFT, LOOSE = 0.5, 0.2  # they are shifted by up to SHIFT of their size, their edges by up to LOOSE
+MARGIN = 0.06  # SAM may look this far over the edge of a box, over its size
 GOOD_POINTS = 0.5  # share of point pairs near `interior_points`; the others are anywhere inside
+ASTRAY = 0.25  # share of prompts with points on the background:
+WHICH_ASTRAY = {(0,): 0.4, (1,): 0.4, (0, 1): 0.2}  # the first, the second, or both
+ROOM = 12  # fewest pixels that a part of an object or of the background must have
 HINTS = {"both": 0.67, "box": 0.13, "points": 0.2}  # what a step shows
 
 
@@ -53,11 +60,20 @@ def schedule(
 
 
 class SamLessons(Dataset):
-    """Item i: the encoder's input for one scene, and SAM_PROMPTS boxes, point pairs and true masks
-    on it.
+    """Item i: the encoder's input for one scene, SAM_PROMPTS prompts on it, and their masks.
 
     SAM ignores points as long as boxes suffice. So the two shapes of a cluster are prompted in the
-    same scene with the same box and different points, and some boxes are loose.
+    same scene with the same box and different points.
+
+    It also learns to take a prompt literally, because a policy can learn only what its reward
+    notices. Where a box misses a part of the object, the mask to learn misses that part too. Where
+    a point lies on the background, the mask to learn holds the background inside the box.
+
+    An item is a dictionary of float tensors in the encoder's frame, with P = SAM_PROMPTS:
+    "pixels" (3, side, side); "boxes" (P, 4); "points" (P, 2, 2), some of them on the background;
+    "good_points" (P, 2, 2), all of them on the object; and, (P, side, side) each, the masks
+    "whole" (the object), "cut" (its part in the box), and "filled" (what the box and "points" ask
+    for).
     """
 
     def __init__(self, size: int):
@@ -66,24 +82,37 @@ class SamLessons(Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         image, things, *_ = self.scenes.scene(index)
         rng = random.Random(f"sam-{index}")
         side = SAM_SIZES["tiny"]["image_size"]
         pixels, scale = sam_input(image, side)
-        boxes, points, masks = [], [], []
+        background = ~np.any([thing.mask for thing in things], axis=0)
+        boxes, points, good_points = [], [], []
+        masks = {"whole": [], "cut": [], "filled": []}
         for thing, boxed in choose_prompts(rng, things):
-            boxes.append(torch.tensor(jitter_box(rng, boxed.box)))
-            points.append(torch.tensor(choose_points(rng, thing.mask)))
-            mask = torch.from_numpy(thing.mask)[None, None].float()
-            mask = F.interpolate(mask, pixels.shape[-2:], mode="bilinear")[0, 0]
-            masks.append(F.pad(mask, (0, side - mask.shape[1], 0, side - mask.shape[0])))
-        return (
-            F.pad(pixels, (0, side - pixels.shape[2], 0, side - pixels.shape[1])),
-            (torch.stack(boxes) * scale.repeat(2)).float(),
-            (torch.stack(points) * scale).float(),
-            torch.stack(masks),
-        )
+            box, cut = choose_box(rng, thing, boxed)
+            good = choose_points(rng, cut)
+            chosen, filled = lead_astray(rng, good, cut, cut_mask(background, box))
+            boxes.append(torch.tensor(box))
+            points.append(torch.tensor(chosen))
+            good_points.append(torch.tensor(good))
+            masks["whole"].append(thing.mask)
+            masks["cut"].append(cut)
+            masks["filled"].append(filled)
+        lesson = {
+            "pixels": pixels,
+            "boxes": (torch.stack(boxes) * scale.repeat(2)).float(),
+            "points": (torch.stack(points) * scale).float(),
+            "good_points": (torch.stack(good_points) * scale).float(),
+        }
+        for name, members in masks.items():
+            stacked = torch.from_numpy(np.stack(members))[:, None].float()
+            lesson[name] = F.interpolate(stacked, pixels.shape[-2:], mode="bilinear")[:, 0]
+        below, right = side - pixels.shape[-2], side - pixels.shape[-1]
+        for name in ("pixels", *masks):
+            lesson[name] = F.pad(lesson[name], (0, right, 0, below))
+        return lesson
 
 
 def choose_prompts(rng: random.Random, things: list[Thing]) -> list[tuple[Thing, Thing]]:
@@ -100,11 +129,68 @@ def choose_prompts(rng: random.Random, things: list[Thing]) -> list[tuple[Thing,
     return pairs
 
 
+def choose_box(rng: random.Random, thing: Thing, boxed: Thing) -> tuple[list[float], np.ndarray]:
+    """A box around `boxed`, good or wrong, and the part of the mask of `thing` that it holds."""
+    for _ in range(20):
+        box = jitter_box(rng, boxed.box)
+        cut = cut_mask(thing.mask, box)
+        if cut.sum() >= ROOM:
+            return box, cut
+    return [float(edge) for edge in boxed.box], thing.mask
+
+
 def jitter_box(rng: random.Random, box: tuple[int, ...]) -> list[float]:
+    width, height = box[2] - box[0], box[3] - box[1]
+    shift_x = shift_y = 0.0
+    loose = TIGHT
+    if rng.random() < WRONG_BOX:
+        shift_x = rng.uniform(-SHIFT, SHIFT)
+        shift_y = rng.uniform(-SHIFT, SHIFT)
+        loose = LOOSE
+    x1 = box[0] + (shift_x + rng.uniform(-loose, loose)) * width
+    y1 = box[1] + (shift_y + rng.uniform(-loose, loose)) * height
+    x2 = box[2] + (shift_x + rng.uniform(-loose, loose)) * width
+    y2 = box[3] + (shift_y + rng.uniform(-loose, loose)) * height
+    return [min(x1, x2 - 2), min(y1, y2 - 2), x2, y2]
+
+
+def cut_mask(mask: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    """The part of a mask (H, W) inside a box in pixels, or less than MARGIN of its size outside."""
     x1, y1, x2, y2 = box
-    share = LOOSE_BOX if rng.random() < LOOSE_SHARE else TIGHT
-    sizes = (x2 - x1, y2 - y1) * 2
-    return [v + rng.uniform(-share, share) * size for v, size in zip(box, sizes, strict=True)]
+    across = MARGIN * (x2 - x1) + 0.5
+    down = MARGIN * (y2 - y1) + 0.5
+    rows = slice(max(0, round(y1 - down)), max(0, round(y2 + down)))
+    columns = slice(max(0, round(x1 - across)), max(0, round(x2 + across)))
+    part = np.zeros_like(mask)
+    part[rows, columns] = mask[rows, columns]
+    return part
+
+
+def lead_astray(
+    rng: random.Random,
+    points: list[tuple[float, float]],
+    cut: np.ndarray,
+    background: np.ndarray,
+) -> tuple[list[tuple[float, float]], np.ndarray]:
+    """In a share ASTRAY of the prompts, move points from the object to the background.
+
+    Args:
+        points: two points on the object.
+        cut: the part of the object in the box (H, W).
+        background: the part of the background in the box (H, W).
+
+    Returns:
+        The points, and the mask they ask for: of the two parts, those on which a point lies.
+    """
+    if rng.random() >= ASTRAY or background.sum() < ROOM:
+        return points, cut
+    rows, columns = background.nonzero()
+    moved = rng.choices(list(WHICH_ASTRAY), list(WHICH_ASTRAY.values()))[0]
+    points = list(points)
+    for which in moved:
+        pick = rng.randrange(len(rows))
+        points[which] = (float(columns[pick]), float(rows[pick]))
+    return points, background if len(moved) == 2 else cut | background
 
 
 def choose_points(rng: random.Random, mask: np.ndarray) -> list[tuple[float, float]]:
@@ -131,14 +217,16 @@ def train_sam(out: Path) -> None:
     image_index = torch.arange(SAM_BATCH).repeat_interleave(SAM_PROMPTS)
     bar = tqdm(loader, desc="SAM", unit="step")
     kinds = random.Random(0)
-    for pixels, boxes, points, masks in bar:
-        embeddings = sam.image_encoder(sam.preprocess(pixels))
+    for lesson in bar:
+        embeddings = sam.image_encoder(sam.preprocess(lesson["pixels"]))
         hint = kinds.choices(list(HINTS), list(HINTS.values()))[0]
+        masks = lesson[{"both": "filled", "box": "cut", "points": "whole"}[hint]]
+        points = lesson["good_points" if hint == "points" else "points"]
         logits, estimate = decode_masks(
             sam,
             embeddings,
             image_index,
-            None if hint == "points" else boxes.flatten(0, 1),
+            None if hint == "points" else lesson["boxes"].flatten(0, 1),
             None if hint == "box" else points.flatten(0, 1),
         )
         truth = F.adaptive_avg_pool2d(masks, logits.shape[-2:])  # (scenes, prompts, h, w)
@@ -178,12 +266,18 @@ def report_sam(out: Path, count: int = 192) -> None:
         image, things, _, target = Shapes("heldout").scene(index)
         thing = things[target]
         points = interior_points(thing.mask)
+        astray = background_point(things, thing)
         shown = {
             "true box, good points": SamPrompt(thing.box, points),
             "true box, points in its middle": SamPrompt(thing.box, middle_points(thing.box)),
             "true box alone": SamPrompt(thing.box, ()),
-            "nearest other box, good points": SamPrompt(nearest_other(thing, things).box, points),
             "good points alone": SamPrompt(None, points),
+            "nearest other box, good points": SamPrompt(nearest_other(thing, things).box, points),
+            "box grown by 15 %, good points": SamPrompt(move_box(thing.box, grow=0.15), points),
+            "box shifted by 25 %, good points": SamPrompt(move_box(thing.box, shift=0.25), points),
+            "box shifted by 50 %, good points": SamPrompt(move_box(thing.box, shift=0.5), points),
+            "true box, one point astray": SamPrompt(thing.box, (points[0], astray)),
+            "true box, both points astray": SamPrompt(thing.box, (astray, astray)),
         }
         targets.append(thing)
         samples.append(Sample(image, "", thing.mask, None, ""))
@@ -200,13 +294,29 @@ def report_sam(out: Path, count: int = 192) -> None:
     }
     titles = [f"{name} ({sum(members)})" for name, members in groups.items()]
     print(f"SAM, mean mask IoU on {count} held-out scenes, by kind of target:")
-    print(f"{'':32}{''.join(f'{title:>21}' for title in titles)}")
+    print(f"{'':34}{''.join(f'{title:>21}' for title in titles)}")
     for name, column in zip(shown, iou.T, strict=True):
         means = [column[torch.tensor(members)].mean() for members in groups.values()]
-        print(f"{name:32}{''.join(f'{mean:21.3f}' for mean in means)}")
+        print(f"{name:34}{''.join(f'{mean:21.3f}' for mean in means)}")
 
 
 def nearest_other(thing: Thing, things: list[Thing]) -> Thing:
     """The thing whose middle lies nearest to that of `thing`; itself if it is alone."""
     others = [other for other in things if other is not thing]
     return min(others, key=lambda o: np.hypot(*np.subtract(o.centre, thing.centre)), default=thing)
+
+
+def move_box(box: tuple[float, ...], shift: float = 0.0, grow: float = 0.0) -> tuple[float, ...]:
+    """A box x1, y1, x2, y2, moved to the right and grown on each side by a share of its size."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    x1, x2 = box[0] + (shift - grow) * width, box[2] + (shift + grow) * width
+    return (x1, box[1] - grow * height, x2, box[3] + grow * height)
+
+
+def background_point(things: list[Thing], thing: Thing) -> tuple[float, float]:
+    """A pixel of the background near `thing`: the one after a third of them, row by row."""
+    background = ~np.any([member.mask for member in things], axis=0)
+    near = cut_mask(background, move_box(thing.box, grow=0.3))
+    rows, columns = (near if near.any() else background).nonzero()
+    pick = len(rows) // 3
+    return (columns[pick] + 0.5, rows[pick] + 0.5)
