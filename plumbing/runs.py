@@ -252,7 +252,7 @@ class Checkpoint:
 def model_card(s, step: int, results: dict) -> str:
     """The README of an adapter: what it is, how it was trained, what it reaches, how to load it."""
     base = "tiny/vlm of this repository" if s.vlm == "tiny" else s.vlm
-    sam = s.sam if s.sam.startswith("sam2:") else s.sam.partition(":")[0]
+    sam = s.sam if s.sam.startswith(("sam2:", "sam3:")) else s.sam.partition(":")[0]
     rows = [(name, results[name]) for name in ("before", "after", "ceiling") if name in results]
     table = [f"| {name} | {r['giou']:.3f} | {r['ciou']:.3f} | {r['n']} |" for name, r in rows]
     return f"""---

@@ -33,8 +33,9 @@ class Models:
     vlm: str = setting("tiny", "policy: tiny, a hub name or a local folder. Paper: Qwen2.5-VL-7B")
     sam: str = setting(
         "tiny",
-        "segmenter: tiny, vit_b|vit_l|vit_h:CHECKPOINT, or sam2:MODEL with a hub name or a local "
-        "folder. Paper: SAM2-Large, sam2:facebook/sam2-hiera-large",
+        "segmenter: tiny, vit_b|vit_l|vit_h:CHECKPOINT, or sam2:MODEL, sam3:MODEL with a hub name "
+        "or a local folder. Paper: SAM2-Large, sam2:facebook/sam2-hiera-large. Newer: "
+        "sam3:facebook/sam3",
     )
     device: str = setting("auto", "auto takes cuda, then mps, then cpu; also cuda:N")
     dtype: str = setting(

@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 from transformers.utils import logging
 
@@ -105,13 +105,22 @@ def find_model(name: str, flag: str) -> tuple[str, dict]:
     return name, options
 
 
-def unreadable(path: str, error: Exception) -> str:
-    """Why a model could not be opened: the file of its folder that is at fault, else the error."""
+def unreadable(path: str, error: Exception, mend: str = "") -> str:
+    """Why a model could not be opened, and the mend.
+
+    The reason is a refusal of the hub, the file of its folder that is at fault, or else the error.
+    """
+    if isinstance(error.__cause__, GatedRepoError):
+        return (
+            "the hub gives it to accounts with access only: ask for access on "
+            f"https://huggingface.co/{path}, then run `hf auth login`"
+        )
+    mend = mend and f": {mend}"
     if Path(path).is_dir():
         for file in sorted(Path(path).iterdir()):
             if file.is_file() and file.name[0] != "." and (fault := fault_of(file)):
-                return f"{file.name} {fault}"
-    return f"it cannot be loaded ({reason_of(error)})"
+                return f"{file.name} {fault}{mend}"
+    return f"it cannot be loaded ({reason_of(error)}){mend}"
 
 
 def load_model(kind: type, path: str, flag: str, mend: str, unknown: bool, options: dict):

@@ -189,6 +189,27 @@ def test_a_mistyped_name_is_refused_at_once(flags, error, monkeypatch):
     assert time.perf_counter() - started < 10
 
 
+@pytest.mark.parametrize("flags", [{"vlm": "owner/gated"}, {"sam": "sam3:owner/gated"}])
+def test_a_model_without_access_says_how_to_get_it(flags, monkeypatch):
+    """As the hub answers for facebook/sam3: all may see the page, few may fetch the files."""
+    client = __import__(type(httpx_response(401)).__module__.partition(".")[0])
+    page = {"id": "owner/gated", "gated": "manual"}
+
+    def answer(request):
+        if request.url.path == "/api/models/owner/gated":
+            return client.Response(200, json=page)
+        return client.Response(401, headers={"X-Error-Code": "GatedRepo"})
+
+    hub = client.Client(transport=client.MockTransport(answer))
+    monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT", hub)
+    s = samr1_mini.parse_settings("eval", [f"--{key}={value}" for key, value in flags.items()])
+    message = refused(samr1_mini.evaluate_adapter, s)
+    assert message.startswith(f"--{next(iter(flags))} {next(iter(flags.values()))}: ")
+    assert message.endswith(
+        "ask for access on https://huggingface.co/owner/gated, then run `hf auth login`"
+    )
+
+
 def httpx_response(status: int):
     """A response of the HTTP package that this version of huggingface_hub uses."""
     from huggingface_hub.errors import HfHubHTTPError
