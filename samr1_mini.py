@@ -293,11 +293,13 @@ def update(
             # The loss is a mean over this pass. Weight it by the pass's share of the mini-batch.
             share = (rows.stop - rows.start) * s.minibatches / s.prompts_per_step
             policy.scaler.scale(loss * share).backward()
-            statistics["entropy"] = entropy.sum() / mask[rows].sum()
-            log.append({name: value * share for name, value in statistics.items()})
+            tokens = mask[rows].sum()
+            statistics["entropy"] = entropy.sum() / tokens
+            log.append({name: value * tokens for name, value in statistics.items()})
         norms.append(clipped_step(optimizer, policy.scaler, MAX_GRAD_NORM))
-    # The shares of a mini-batch add up to 1, so each sum holds one mean for each update.
-    means = {name: torch.stack([row[name] for row in log]).sum() / len(norms) for name in log[0]}
+    # Means over the tokens of all passes. Each token was in one pass of each epoch.
+    tokens = mask.sum() * s.epochs
+    means = {name: torch.stack([row[name] for row in log]).sum() / tokens for name in log[0]}
     means["grad_norm"] = torch.stack(norms).mean()
     values = torch.stack(list(means.values())).tolist()  # one wait for the GPU, not one for each
     statistics = dict(zip(means, values, strict=True))

@@ -312,11 +312,11 @@ def test_old_logprobs_are_the_policys_and_reference_ones_the_base_models():
     assert sampled.fixed_logprobs()[1] is None
 
 
-def test_saving_memory_does_not_change_the_gradients(monkeypatch):
+def test_saving_memory_changes_neither_the_gradients_nor_the_statistics(monkeypatch):
     """All prompts in one pass; one prompt in a pass; and layers computed again for the gradient."""
     attention = modeling_qwen2_5_vl.Qwen2_5_VLAttention
     forward = attention.forward
-    gradients, sides = {}, []
+    gradients, sides, logged = {}, [], []
     calls = Counter()  # of attention layers with gradient, for each level
 
     def count(*args, **options):
@@ -334,12 +334,20 @@ def test_saving_memory_does_not_change_the_gradients(monkeypatch):
         old, reference = sampled.fixed_logprobs()
         # Some tokens of the second mini-batch are clipped, below and above.
         old[2:] = reference[2:] + torch.tensor([0.4, -0.4])[:, None]
-        sides.append(sampled.update(old, reference)[0])
+        side, statistics = sampled.update(old, reference)
+        sides.append(side)
+        logged.append(statistics)
     assert len(gradients) == 3 and gradients[0].norm() > 0
+    mask = sampled.completions.mask
+    assert len(set(mask.sum((1, 2)).tolist())) > 1  # else passes would have equal weights anyway
+    for number, name in ((-1, "clip_low"), (1, "clip_high")):
+        share = (sides[0][mask] == number).float().mean().item()
+        assert 0 < share == pytest.approx(logged[0][name])
     for level in (1, 2):
         difference = gradients[level] - gradients[0]
         assert difference.norm() < 1e-4 * gradients[0].norm()
         assert torch.equal(sides[level], sides[0]) and sides[0].unique().tolist() == [-1, 0, 1]
+        assert logged[level] == pytest.approx(logged[0], rel=1e-4)
     assert calls[1] == 2 * calls[0] and calls[2] == 2 * calls[1]
 
 
