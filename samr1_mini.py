@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data import BadSample, Sample
 from grpo import Completions, group_advantages, group_logprobs, grpo_loss, rollout
-from plumbing import photos, pictures, protocols, rewards, runs, scenes
+from plumbing import intervals, photos, pictures, protocols, rewards, runs, scenes
 from plumbing.decoding import StaticDecoder
 from plumbing.devices import clipped_step
 from plumbing.errors import UserError, continued_by, exit_with_one_line
@@ -411,14 +411,15 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 
     giou: mean IoU of the samples. ciou: summed intersection / summed union. format: share of valid
     answers. box: share of boxes with IoU above 0.5. points: share of points in the true mask.
-    boxonly: mean IoU of the masks that SAM makes of the box without the points.
+    boxonly: mean IoU of the masks that SAM makes of the box without the points. giou_95, ciou_95:
+    the intervals of plumbing/intervals.py.
 
     >>> row = {"iou": 0.5, "intersection": 10, "union": 20, "format": True, "box_iou": 0.6}
     >>> row |= {"points_inside": 0.5, "boxonly_iou": 0.2}
     >>> other = row | {"iou": 0.1, "union": 100, "format": False, "box_iou": 0.5}
     >>> compute_metrics([row, other, {"skipped": "no such file"}])  # doctest: +NORMALIZE_WHITESPACE
     {'giou': 0.3, 'ciou': 0.16666666666666666, 'format': 0.5, 'box': 0.5, 'points': 0.5,
-     'boxonly': 0.2, 'n': 2}
+     'boxonly': 0.2, 'giou_95': [0.1, 0.5], 'ciou_95': [0.1, 0.5], 'n': 2}
     """
     rows = [row for row in rows if "skipped" not in row]
     n = max(len(rows), 1)
@@ -430,7 +431,7 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
         result["box"] = sum(row["box_iou"] > 0.5 for row in rows) / n
         result["points"] = sum(row["points_inside"] for row in rows) / n
         result["boxonly"] = sum(row["boxonly_iou"] for row in rows) / n
-    return result | {"n": len(rows)}
+    return result | intervals.bootstrap(intervals.counts_of(rows, prefix)) | {"n": len(rows)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,16 +442,20 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 def evaluate_adapter(s) -> None:
     """Compute the metrics of an adapter, or of the base model, on a data set."""
     heldout = load_data(s.data, "heldout")
+    count = min(s.limit or (256 if s.data == "shapes" else len(heldout)), len(heldout))
+    other = runs.read_other(s.against, count)
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
-    count = s.limit or (256 if s.data == "shapes" else len(heldout))
     done = runs.start_answers(out, s, count)
     with continued_by(runs.resume_command("eval", out)):
         log = out / "answers.jsonl"
         rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)
     results = protocols.metrics(rows, compute_metrics, trained, s)
+    if other:
+        headline = results[trained]["protocol"]
+        results[trained]["against"] = intervals.compare(rows, other, headline, s.against)
     runs.write_text(out / "eval.json", json.dumps(results, indent=2))
     figure = pictures.evaluation_sheet(rows, scorer, heldout, SamPrompt)
     runs.save_figure(figure, out / "sheet.png")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
-from plumbing import weights
+from plumbing import intervals, weights
 from plumbing.errors import UserError, continued_by, reason_of
 
 try:
@@ -142,6 +142,22 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
     if len(rows) > count:
         raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
     start_log(out, settings, "answers.jsonl", rows)
+    return rows
+
+
+def read_other(file: str, count: int) -> list[dict]:
+    """The rows of another evaluation's answers.jsonl, or none for "".
+
+    Raises UserError if they are not as many as here, `count`.
+    """
+    if not file:
+        return []
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
+    rows = read_rows(path, {"boxonly_iou", "skipped"})
+    if len(rows) != count:
+        raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
     return rows
 
 
@@ -427,9 +443,17 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
     columns = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5"}
     columns |= {"points": "points", "boxonly": "box only"}
     print(f"\n{'':12}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
-    for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # it is last
+    rows = sorted(results.items(), key=lambda item: item[0] == "ceiling")  # it is last
+    for name, row in rows:
         cells = (f"{row[c]:9.3f}" if c in row else f"{'-':>9}" for c in columns)
         print(f"{name:12}{''.join(cells)}{row['n']:7d}")
+    print("95 % intervals over the images:")
+    for name, row in rows:
+        if "giou_95" in row:  # runs of older versions have none
+            spans = f"gIoU {intervals.span(row, 'giou')}, cIoU {intervals.span(row, 'ciou')}"
+            print(f"{name:12}{spans}")
+        if "against" in row:
+            print(intervals.comparison(row["against"]))
     if "before" in results and "after" in results:
         before, after, ceiling = (results[k]["giou"] for k in ("before", "after", "ceiling"))
         closed = round(100 * (after - before) / max(ceiling - before, 1e-9))

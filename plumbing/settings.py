@@ -119,6 +119,9 @@ class Objective:
 class EvalFlags:
     _argument_group_name = "evaluation"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model")
+    against: str = setting(
+        "", "answers.jsonl of another evaluation of the same samples, to compare with, paired"
+    )
     limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256")
     protocol: str = setting(
         "lisa",
@@ -196,7 +199,7 @@ CLASSES = {"train": Settings, "eval": EvalSettings, "segment": SegmentSettings}
 # of an evaluation go into one table, so there even the path of a set or a model stays.
 MAY_CHANGE = {
     Settings: {*"steps vlm sam data device dtype out resume save_memory save_every".split()},
-    EvalSettings: {*"limit device out resume save_memory".split()},
+    EvalSettings: {*"limit against device out resume save_memory".split()},
 }
 MAY_MOVE = {"sam", "data"}  # to another path: another size or set would need another evaluation
 
