@@ -40,7 +40,8 @@ from plumbing.prompts import points_asked
 from plumbing.sam import load_sam
 from plumbing.settings import Settings, parse_settings, rollout_prompts
 from plumbing.sources import load_data
-from plumbing.vlm import Policy, Prompts, load_vlm
+from plumbing.tracking import Tracker
+from plumbing.vlm import Policy, Prompts, continue_adapter, load_vlm
 from reward import SamPrompt, SamScorer, parse_answer, sam_prompt, score_completions
 
 # --------------------------------------------------------------------------------------------------
@@ -64,8 +65,15 @@ def load_scorer(s, device: torch.device) -> SamScorer:
     return SamScorer(load_sam(s.sam), device, encoder_batch, offload=s.save_memory >= 3)
 
 
-def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bool = False):
-    """Put an untrained adapter of scale alpha / rank = 2 on the language model's linear layers.
+def add_lora(
+    model: torch.nn.Module,
+    rank: int,
+    seed: int,
+    checkpoint_layers: bool = False,
+    adapter: str = "none",
+):
+    """Put an adapter of scale alpha / rank = 2 on the language model's linear layers: an untrained
+    one, or with the weights of the one in the folder `adapter`.
 
     The base model stays frozen. With the adapter switched off it is the reference policy.
     """
@@ -76,6 +84,8 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bo
         r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, lora)
+    if adapter != "none":
+        continue_adapter(model, adapter)
     if checkpoint_layers:
         layers = model.get_base_model().model.language_model
         layers.activation_checkpointing_enable({"use_reentrant": False})
@@ -135,7 +145,8 @@ def train(s: Settings) -> None:
     heldout = load_data(s.data, "heldout")
     policy = load_policy(s)
     scorer = load_scorer(s, policy.device)
-    policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
+    adapter = "none" if s.resume else s.adapter  # a checkpoint has its own weights
+    policy.model = add_lora(policy.model, s.lora_rank, s.seed, s.save_memory >= 2, adapter)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
@@ -143,6 +154,7 @@ def train(s: Settings) -> None:
     checkpoint = runs.Checkpoint(out, policy.model, optimizer, generator, policy.scaler)
     first, results = checkpoint.load() if s.resume else (0, {})
     metrics = runs.start_metrics(out, s, first)
+    tracker = Tracker(s, out)
     if not results:  # a resumed run has its first evaluation already
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
         results = {"before": compute_metrics(rows), "ceiling": compute_metrics(rows, "ceiling_")}
@@ -195,6 +207,7 @@ def train(s: Settings) -> None:
                 batch[:2], completions, scores, policy.processor.tokenizer, advantages, clip_sides
             )
             log_samples(out, step + 1, policy, scorer, heldout, s, logged, metrics)
+        tracker.log(row, out / "samples" / f"step_{step + 1:05d}.png")
         if log_this_step or stop.number:
             checkpoint.save(step + 1, s, results)
         if stop.number:
@@ -205,6 +218,7 @@ def train(s: Settings) -> None:
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
     checkpoint.save(s.steps, s, results)
+    tracker.finish()
     runs.print_table(results, metrics, out)
 
 

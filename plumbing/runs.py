@@ -269,6 +269,7 @@ def model_card(s, step: int, results: dict) -> str:
     """The README of an adapter: what it is, how it was trained, what it reaches, how to load it."""
     base = "tiny/vlm of this repository" if s.vlm == "tiny" else s.vlm
     sam = s.sam if s.sam.startswith("sam2:") else s.sam.partition(":")[0]
+    started = "" if s.adapter == "none" else ", started from another adapter on it"
     rows = [(name, results[name]) for name in ("before", "after", "ceiling") if name in results]
     table = [f"| {name} | {r['giou']:.3f} | {r['ciou']:.3f} | {r['n']} |" for name, r in rows]
     return f"""---
@@ -277,7 +278,7 @@ tags: [segmentation, grpo, lora]
 ---
 # LoRA adapter trained with SAM-R1 mini
 
-- base model: {base}
+- base model: {base}{started}
 - segmenter in the reward: {sam} (frozen)
 - data: {s.data.partition(":")[0]}, training step {step} of {s.steps}
 - {s.prompts_per_step} prompts a step, {s.group_size} completions each, seed {s.seed}
