@@ -7,8 +7,9 @@
     python samr1_mini.py eval --adapter RUN/adapter
 
 samr1_mini.py trains on one device. TRL adds accelerate, and so several GPUs. Presets and flags are
-those of `samr1_mini.py train`, without --device, --eval_samples and --dtype 4bit. All processes
-together complete --prompts_per_step prompts in a step. Each has its own copy of policy and SAM.
+those of `samr1_mini.py train`, without --device, --eval_samples, --adapter, --track and --dtype
+4bit. All processes together complete --prompts_per_step prompts in a step. Each has its own copy of
+policy and SAM.
 
 A run has the files of README's table, without evaluation and pictures of samples. TRL's own files
 are in RUN/checkpoint; checkpoint/completions holds every completion with its reward and advantage.
@@ -65,8 +66,11 @@ METRICS = {
 def parse_settings(argv: list[str]) -> Settings:
     """The settings of `train`. Raises UserError if one is given that has no effect here."""
     given = {argument.partition("=")[0] for argument in argv}
-    if given & {"--device", "--eval_samples"}:
-        raise UserError("--device, --eval_samples: accelerate chooses, and nothing is evaluated")
+    if given & {"--device", "--eval_samples", "--adapter", "--track"}:
+        raise UserError(
+            "--device, --eval_samples, --adapter, --track: accelerate chooses the device, nothing "
+            "is evaluated, and the two others are not here: leave them out"
+        )
     s = parse(Settings, argv, program="python -m examples.trl_grpo")
     if s.dtype == "4bit":
         raise UserError("--dtype 4bit: not here: use samr1_mini.py train")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
-from plumbing import weights
+from plumbing import intervals, weights
 from plumbing.errors import UserError, continued_by, reason_of
 
 try:
@@ -145,6 +145,22 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
     return rows
 
 
+def read_other(file: str, count: int) -> list[dict]:
+    """The rows of another evaluation's answers.jsonl, or none for "".
+
+    Raises UserError if they are not as many as here, `count`.
+    """
+    if not file:
+        return []
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
+    rows = read_rows(path, {"boxonly_iou", "skipped"})
+    if len(rows) != count:
+        raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
+    return rows
+
+
 def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     config = asdict(settings) | {"out": str(out), "resume": False}
     write_text(out / "config.json", json.dumps(config, indent=2))
@@ -253,6 +269,7 @@ def model_card(s, step: int, results: dict) -> str:
     """The README of an adapter: what it is, how it was trained, what it reaches, how to load it."""
     base = "tiny/vlm of this repository" if s.vlm == "tiny" else s.vlm
     sam = s.sam if s.sam.startswith(("sam2:", "sam3:")) else s.sam.partition(":")[0]
+    started = "" if s.adapter == "none" else ", started from another adapter on it"
     rows = [(name, results[name]) for name in ("before", "after", "ceiling") if name in results]
     table = [f"| {name} | {r['giou']:.3f} | {r['ciou']:.3f} | {r['n']} |" for name, r in rows]
     return f"""---
@@ -261,7 +278,7 @@ tags: [segmentation, grpo, lora]
 ---
 # LoRA adapter trained with SAM-R1 mini
 
-- base model: {base}
+- base model: {base}{started}
 - segmenter in the reward: {sam} (frozen)
 - data: {s.data.partition(":")[0]}, training step {step} of {s.steps}
 - {s.prompts_per_step} prompts a step, {s.group_size} completions each, seed {s.seed}
@@ -427,9 +444,17 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
     columns = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5"}
     columns |= {"points": "points", "boxonly": "box only"}
     print(f"\n{'':12}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
-    for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # it is last
+    rows = sorted(results.items(), key=lambda item: item[0] == "ceiling")  # it is last
+    for name, row in rows:
         cells = (f"{row[c]:9.3f}" if c in row else f"{'-':>9}" for c in columns)
         print(f"{name:12}{''.join(cells)}{row['n']:7d}")
+    print("95 % intervals over the images:")
+    for name, row in rows:
+        if "giou_95" in row:  # runs of older versions have none
+            spans = f"gIoU {intervals.span(row, 'giou')}, cIoU {intervals.span(row, 'ciou')}"
+            print(f"{name:12}{spans}")
+        if "against" in row:
+            print(intervals.comparison(row["against"]))
     if "before" in results and "after" in results:
         before, after, ceiling = (results[k]["giou"] for k in ("before", "after", "ceiling"))
         closed = round(100 * (after - before) / max(ceiling - before, 1e-9))

@@ -112,14 +112,23 @@ class Objective:
         1e-3, "learning rate of AdamW. Paper: 1e-6 for full fine-tuning. It decays linearly"
     )
     lora_rank: int = setting(16, "rank of the adapter. Not in the paper, which trains all weights")
+    adapter: str = setting("none", "folder of a trained adapter to start from, or none")
     eval_samples: int = setting(256, "held-out samples before and after training")
     save_every: int = setting(50, "steps between checkpoints and pictures")
+    track: str = setting(
+        "none",
+        "also log metrics and pictures with trackio or wandb, which pip installs",
+        ("none", "trackio", "wandb"),
+    )
 
 
 @dataclass
 class EvalFlags:
     _argument_group_name = "evaluation"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model")
+    against: str = setting(
+        "", "answers.jsonl of another evaluation of the same samples, to compare with, paired"
+    )
     limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256")
     protocol: str = setting(
         "lisa",
@@ -196,8 +205,8 @@ CLASSES = {"train": Settings, "eval": EvalSettings, "segment": SegmentSettings}
 # --resume may change how far a run goes, where things are, and how they are computed. All answers
 # of an evaluation go into one table, so there even the path of a set or a model stays.
 MAY_CHANGE = {
-    Settings: {*"steps vlm sam data device dtype out resume save_memory save_every".split()},
-    EvalSettings: {*"limit device out resume save_memory".split()},
+    Settings: {*"steps vlm sam data device dtype out resume save_memory save_every track".split()},
+    EvalSettings: {*"limit against device out resume save_memory".split()},
 }
 MAY_MOVE = {"sam", "data"}  # to another path: another size or set would need another evaluation
 

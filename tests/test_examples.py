@@ -104,7 +104,7 @@ def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
 def test_flags_are_those_of_train():
     flags = "--preset qwen3b --lr 0.5".split()
     assert trl_grpo.parse_settings(flags) == samr1_mini.parse_settings("train", flags)
-    for flag in ("--device=cpu", "--eval_samples=1", "--dtype=4bit"):
+    for flag in ("--device=cpu", "--eval_samples=1", "--track=wandb", "--dtype=4bit"):
         with pytest.raises(UserError, match=flag.partition("=")[0]):
             trl_grpo.parse_settings([flag])
 

@@ -318,12 +318,14 @@ def test_the_table_of_a_run_is_printed(tmp_path, capsys):
     before |= {"boxonly": 0.125, "n": 8}
     ceiling = {"giou": 0.9, "ciou": 0.95, "n": 8}
     results = {"before": before, "ceiling": ceiling, "after": before | {"giou": 0.65}}
+    results["after"] |= {"giou_95": [0.6, 0.71], "ciou_95": [0.25, 0.375]}
     row = {"reward": 2.0, "iou": 0.25, "clip_low": 0.01, "clip_high": 0.02}
     (tmp_path / "samples").mkdir()
     runs.print_table(results, [row, row | {"reward": 4.0}], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["before", "0.400", "0.300", "0.900", "0.500", "0.750", "0.125", "8"]
     assert lines[4].split() == ["ceiling", "0.900", "0.950", *"----", "8"]
+    assert "after       gIoU 0.600 to 0.710, cIoU 0.250 to 0.375" in lines
     assert "gap to the ceiling closed: 50 %" in lines
     assert "mean reward (of 6): 2.00 -> 4.00 (first 1 and last 1 steps)" in lines
     assert lines[-1] == f"written to {tmp_path}: samples/"

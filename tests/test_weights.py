@@ -306,6 +306,26 @@ def test_an_adapter_that_fits_is_used_whole(kind, tmp_path):
     assert (found - base).abs().max() > 0.1
 
 
+NOT_CONTINUED = {
+    "rank": (lora(r=8), "its rank is 8: use --lora_rank 8"),
+    "fewer layers": (lora(target_modules=["q_proj"]), "lacks 36 of its weights.*tiny/vlm"),
+    "vision tower": (lora(target_modules=r".*visual.*\.qkv"), "has .* that the model does not"),
+    "dora": (lora(use_dora=True), "it is a variant of LoRA"),
+    "rslora": (lora(use_rslora=True), "it is a variant of LoRA"),
+    "pissa": (lora(init_lora_weights="pissa"), "it is a variant of LoRA"),
+    "prompt": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "not LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CONTINUED)
+def test_an_adapter_that_training_cannot_continue_is_refused(kind, tmp_path):
+    config, message = NOT_CONTINUED[kind]
+    with warnings.catch_warnings(action="ignore"):
+        get_peft_model(open_tiny().model, config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--adapter .*{message}"):
+        samr1_mini.add_lora(open_tiny().model, rank=4, seed=0, adapter=str(tmp_path))
+
+
 # --------------------------------------------------------------------------------------------------
 # tools.merge
 # --------------------------------------------------------------------------------------------------
