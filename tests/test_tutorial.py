@@ -58,7 +58,7 @@ def test_every_file_exists():
 
 
 def test_every_setting_exists():
-    elsewhere = {"seeds", "jobs", "table", "help", "protocol"}
+    elsewhere = {"seeds", "jobs", "table", "help", "protocol", "against"}
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z_-]*)", TEXT)}
     assert flags - elsewhere <= set(settings.Settings.__dataclass_fields__)
 
