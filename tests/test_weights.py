@@ -53,6 +53,8 @@ def spoil(file: Path, change) -> None:
         file.unlink()
     elif change == "truncate":
         file.write_bytes(file.read_bytes()[:-100])
+    elif change == "zero":
+        file.write_bytes(file.read_bytes()[:-5000] + bytes(5000))
     elif isinstance(change, str):
         file.write_text(change)
     else:
@@ -100,11 +102,13 @@ SPOILED_VLMS = [  # file, change, what the message must match
     (MODEL, "delete", "model.safetensors"),
     (MODEL, "", "model.safetensors is empty"),
     (MODEL, "truncate", "model.safetensors is damaged or truncated"),
+    (MODEL, "zero", "model.safetensors ends in zeros"),
     ("tokenizer.json", "truncate", "tokenizer.json is damaged"),
     ("tokenizer.json", "delete", "tokenizer"),
     ("tokenizer_config.json", "delete", "tokenizer_config.json is missing"),
     ("chat_template.jinja", POINTER, "chat_template.jinja is a git-lfs"),
     ("chat_template.jinja", "delete", "chat template"),
+    ("chat_template.jinja", "{{ messages[0].content[-1].text }}", "template leaves the image out"),
     ("processor_config.json", "delete", "image processor"),
 ]
 
