@@ -1,5 +1,6 @@
 """devices.py - on which device, and in which dtype, a run computes."""
 
+import contextlib
 import sys
 
 import torch
@@ -32,11 +33,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def named_device(name: str) -> torch.device:
-    """The device of this name, which may not be there. Raises UserError if there is no such name."""
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps") from error
+    """The device of this name, which may not be there. Raises UserError if it is of no use."""
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+        if device.type in ("cpu", "cuda", "mps"):
+            return device
+    raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps")
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -160,7 +160,7 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
     Raises UserError if a line is anything else.
     """
     rows = []
-    lines = file.read_text().split("\n") if file.exists() else [""]
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
     for number, line in enumerate(lines[:-1], 1):  # the interruption cut off what has no line end
         try:
             row = json.loads(line)

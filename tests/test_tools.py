@@ -163,6 +163,8 @@ def test_sizes_of_the_segmenter_are_those_of_the_model(sam, prompts, tmp_path):
         "--side 70",
         "--dtype 4bit",
         "--device cuba",
+        "--device meta",
+        "--vlm ~/none",
         "--data refcocoh:data",
         "--data refcocog:data/val",
     ],
