@@ -151,15 +151,25 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
 
 
 class MetricsFile(TrainerCallback):
-    """Writes metrics.jsonl, one line for each step, with the names that samr1_mini.py uses."""
+    """Writes metrics.jsonl, one line for each step, with the names that samr1_mini.py uses.
+
+    Ends a training that diverges in all processes, before its step is saved. The Trainer's own log
+    of the loss replaces NaN. In float16 an update is skipped if its gradient overflows.
+    """
 
     def __init__(self, file: Path, updates: int):
         self.file = file
         self.updates = updates
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
+        row = {ours: logs[name] for name, ours in METRICS.items() if name in logs}
+        for name, value in row.items():
+            if not math.isfinite(value) and not (name == "grad_norm" and args.fp16):
+                raise UserError(
+                    f"--lr {args.learning_rate:g}: the training diverged ({name} is {value}): "
+                    "lower --lr; the last checkpoint stays"
+                )
         if state.is_world_process_zero and "reward" in logs:
-            row = {ours: logs[name] for name, ours in METRICS.items() if name in logs}
             runs.append_lines(self.file, [{"step": state.global_step // self.updates} | row])
 
 

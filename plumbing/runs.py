@@ -53,7 +53,9 @@ def writing(path: Path):
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
             raise
-        mend = "make room; a checkpoint goes on with --resume"
+        mend = (
+            "make room, or name a place that you may write to; a checkpoint goes on with --resume"
+        )
         raise UserError(f"{path} cannot be written ({reason_of(error)}): {mend}") from error
 
 
@@ -112,7 +114,8 @@ def open_run(s, name: str) -> Path:
         )
     lock = FileLock((out / LOCK).resolve(), is_singleton=True)  # this process may open it again
     try:
-        lock.acquire(timeout=0)
+        with writing(out):
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"--out {out}: another process is writing to it") from error
     _locks.append(lock)
@@ -173,7 +176,7 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
     Raises UserError if a line is anything else.
     """
     rows = []
-    lines = file.read_text().split("\n") if file.exists() else [""]
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
     for number, line in enumerate(lines[:-1], 1):  # the interruption cut off what has no line end
         try:
             row = json.loads(line)

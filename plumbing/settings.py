@@ -280,7 +280,16 @@ def read_config(out: str, names: set[str]) -> dict:
 
 
 def check(s) -> None:
-    """Raise UserError if a number is outside its bounds."""
+    """Raise UserError if a number is outside its bounds, or a value of config.json is of no use.
+
+    argparse checks what is on the command line, but not the defaults that --resume reads.
+    """
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        choices = field.metadata["choices"] or (value,)
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds) or value not in choices:
+            raise UserError(f"--{field.name} {value!r}: no such value (--help lists them)")
     for name, (least, most) in BOUNDS.items():
         value = getattr(s, name, least)
         if not (math.isfinite(value) and least <= value <= most):

@@ -127,9 +127,14 @@ def vlm_path(name: str) -> str:
 
 
 def template_end(processor) -> str:
-    """What the chat template writes of a completion: "<think>" for a thinking model, or ""."""
-    chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    """What the chat template writes of a completion: "<think>" for a thinking model, or "".
+
+    Raises ValueError if it leaves the image out, as that of a language model does.
+    """
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if processor.image_token not in text:
+        raise ValueError("its chat template leaves the image out: fetch the files of a VLM")
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 

@@ -3,6 +3,7 @@ part: libraries load the keys that they know, and leave the others random or unt
 """
 
 import json
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -36,11 +37,24 @@ def fault_of(file: Path) -> str:
         if file.suffix == ".json":
             json.loads(file.read_text("utf-8"))
         elif file.suffix == ".safetensors":
-            with safe_open(file, "pt"):  # reads the header, and compares it with the size
-                pass
+            # This reads the header, and compares it with the size.
+            with safe_open(file, "pt") as opened:
+                types = {part.get_dtype() for part in map(opened.get_slice, opened.keys())}
+            if types & {"I8", "U8"}:  # would be read as numbers without their scale
+                return "holds quantised weights, which are not read: fetch those in float"
+            # Some programs give a file its final size first, and write the data later. An adapter
+            # may end in zeros: so do the weights of an untrained one.
+            if file.name not in ADAPTER_FILES and not any(end_of(file)):
+                return "ends in zeros: its download was interrupted: fetch it again"
     except (ValueError, safetensors.SafetensorError) as error:
         return f"is damaged or truncated: fetch it again ({reason_of(error)})"
     return ""
+
+
+def end_of(file: Path, size: int = 4096) -> bytes:
+    with open(file, "rb") as opened:
+        opened.seek(-min(size, file.stat().st_size), os.SEEK_END)
+        return opened.read()
 
 
 def read_tensors(file: Path, flag: str) -> dict:
@@ -84,7 +98,8 @@ def find_model(name: str, flag: str) -> tuple[str, dict]:
     options = {"trust_remote_code": False}  # else a terminal is asked whether to run the model's
     folder = Path(name).expanduser()
     if folder.is_dir():
-        for file in sorted(folder.glob("*.j*")):  # .json, .jinja: not all of them are missed later
+        # .json, .jinja and .safetensors: the libraries read some of them without noticing.
+        for file in sorted([*folder.glob("*.j*"), *folder.glob("*.safetensors")]):
             if file.is_file() and (fault := fault_of(file)):
                 raise UserError(f"{flag}: {file.name} {fault}")
         return str(folder), options

@@ -366,6 +366,9 @@ def test_missing_parts_and_damaged_files_are_named(name, note, run, tmp_path):
         report.report_html(copy)
     file.unlink()
     assert note in report.report_html(copy)
+    (copy / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # of a model
+    with pytest.raises(UserError, match=r"not the folder of a run: its config\.json"):
+        report.report_html(copy)
     (copy / "config.json").unlink()
     with pytest.raises(UserError, match=r"not the folder of a run: it has no config\.json"):
         report.report_html(copy)

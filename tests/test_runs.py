@@ -139,13 +139,13 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("line", ["{]", "null", '{"other": 1}'])
+@pytest.mark.parametrize("line", ["{]", "null", '{"other": 1}', "\udcff"])
 def test_a_damaged_log_is_named_and_stays(line, tmp_path):
     text = f'{{"step": 1}}\n{line}\n'
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged.*mend or delete it"):
         runs.start_metrics(tmp_path, parse_settings("train", []), 2)
-    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert (tmp_path / "metrics.jsonl").read_text(errors="surrogateescape") == text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,6 +225,13 @@ def test_one_table_is_of_one_set_and_one_model(command, name, other, tmp_path):
         parse_settings(command, [*flags, f"--{name}", other])
     if command == "train":  # its files may lie in another place now
         parse_settings(command, [*flags, "--data", "refcocog:b", "--sam", "vit_b:b.pth"])
+
+
+@pytest.mark.parametrize("change", [{"normalise": "both"}, {"preset": "big"}, {"lr": None}])
+def test_a_value_that_was_changed_in_config_json_is_checked(change, tmp_path):
+    save_config(tmp_path, **change)
+    with pytest.raises(UserError, match=f"--{min(change)} "):
+        parse_settings("train", ["--resume", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"colour": "red"}'])

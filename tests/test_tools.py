@@ -75,6 +75,8 @@ def test_bad_arguments_of_merge_are_named(adapter, tmp_path):
     assert "name a new folder" in refused(adapter, "run")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
     assert "is damaged or truncated" in refused(adapter, "out")
+    (adapter.parent / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # of a model
+    assert "name the --vlm" in refused(adapter, "out")
     (adapter.parent / "config.json").unlink()
     assert "name the --vlm" in refused(adapter, "out")
     assert not (tmp_path / "out").exists()
@@ -171,6 +173,11 @@ def test_sizes_of_the_segmenter_are_those_of_the_model(sam, prompts, tmp_path):
         "--sam vit_b",
         "--side 70",
         "--dtype 4bit",
+        "--device cuba",
+        "--device meta",
+        "--vlm ~/none",
+        "--data refcocoh:data",
+        "--data refcocog:data/val",
     ],
 )
 def test_memory_names_the_flag_that_cannot_be_used(flags):

@@ -53,6 +53,8 @@ def spoil(file: Path, change) -> None:
         file.unlink()
     elif change == "truncate":
         file.write_bytes(file.read_bytes()[:-100])
+    elif change == "zero":
+        file.write_bytes(file.read_bytes()[:-5000] + bytes(5000))
     elif isinstance(change, str):
         file.write_text(change)
     else:
@@ -96,15 +98,18 @@ SPOILED_VLMS = [  # file, change, what the message must match
     (MODEL, lambda w: w | {"v_head": torch.ones(1)}, "v_head"),
     (MODEL, lambda w: w | {NORM: torch.full((96,), torch.nan)}, "1 weights are not finite .*norm"),
     (MODEL, lambda w: w | {NORM: torch.ones(95)}, "norm.weight: 95 in place of 96"),
+    (MODEL, lambda w: {k: w[k].to(torch.int8) for k in w}, "holds quantised weights"),
     (MODEL, POINTER, "model.safetensors is a git-lfs pointer"),
     (MODEL, "delete", "model.safetensors"),
     (MODEL, "", "model.safetensors is empty"),
     (MODEL, "truncate", "model.safetensors is damaged or truncated"),
+    (MODEL, "zero", "model.safetensors ends in zeros"),
     ("tokenizer.json", "truncate", "tokenizer.json is damaged"),
     ("tokenizer.json", "delete", "tokenizer"),
     ("tokenizer_config.json", "delete", "tokenizer_config.json is missing"),
     ("chat_template.jinja", POINTER, "chat_template.jinja is a git-lfs"),
     ("chat_template.jinja", "delete", "chat template"),
+    ("chat_template.jinja", "{{ messages[0].content[-1].text }}", "template leaves the image out"),
     ("processor_config.json", "delete", "image processor"),
 ]
 

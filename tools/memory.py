@@ -14,11 +14,13 @@ import torch
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from grpo import LOGITS_AT_ONCE
+from plumbing.devices import named_device
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.four_bit import check_widths
 from plumbing.published import published_config
 from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
 from plumbing.settings import Settings, parse, rollout_prompts
+from plumbing.sources import check_spec
 from plumbing.transformers_sam import FAMILIES, open_config
 from plumbing.vlm import check_family, vlm_path
 from reward import DECODER_BYTES
@@ -35,6 +37,9 @@ def expected_memory(s) -> dict[str, Parts]:
 
     --dtype auto counts as bfloat16. s: `plumbing.settings.Settings`. Raises UserError.
     """
+    check_spec(s.data)
+    if s.device != "auto":
+        named_device(s.device)
     config = published_config(vlm_path(s.vlm))
     check_family(config, s.vlm)
     if s.dtype == "4bit":

@@ -162,6 +162,9 @@ def report_html(run: Path) -> str:
     """
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no config.json")
+    config = read(run / "config.json")
+    if "vlm" not in config:  # the folder of a model has a config.json too
+        raise UserError(f"{run} is not the folder of a run: its config.json is of something else")
     results = "<p>No evaluation was written yet.</p>"
     if (file := run / "eval.json").is_file():
         results = results_html(read(file))
@@ -174,7 +177,7 @@ def report_html(run: Path) -> str:
         results=results,
         curves=curves_html(rows) if rows else "<p>No step was logged yet.</p>",
         steps="".join(steps) or "<p>No rollouts were logged.</p>",
-        config=html.escape(json.dumps(read(run / "config.json"), indent=2)),
+        config=html.escape(json.dumps(config, indent=2)),
     )
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
