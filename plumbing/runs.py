@@ -48,7 +48,7 @@ def writing(path: Path):
     """Turn an error of the disk into a UserError that says how to continue."""
     try:
         yield
-    except BrokenPipeError:  # of the terminal
+    except (BrokenPipeError, Timeout):  # of the terminal, of a lock
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):

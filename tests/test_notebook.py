@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import thoughts
+
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "tour.ipynb"
 SOLUTION = """
 def my_advantages(rewards, eps=1e-4):
@@ -67,7 +69,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
         assert pixels.size > 9000 and pixels.std() > 10
     own, edited = (line.partition(":")[2].strip() for line in printed(edit).strip().split("\n"))
-    assert edited.startswith("<think>") and edited != own
+    case = next(one for one in thoughts.find_cases(20) if not one.shared)
+    forced = thoughts.thought(case.other, case.sample.image.size)
+    assert own.startswith("<think>") and edited.startswith(forced)
     for run in ("mask", "box"):
         assert (tmp_path / "runs" / run / "adapter" / "adapter_model.safetensors").is_file()
     assert sorted(NOTEBOOK.parent.glob("*.*")) == before  # it writes nothing beside itself

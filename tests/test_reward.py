@@ -296,7 +296,15 @@ def predict(predictor, prompt):
 
 
 @pytest.mark.exercise_3
-def test_masks_and_counts_equal_those_of_sam_predictor(scenes, mixed, original_sam, scorer):
+@pytest.mark.parametrize("favourite", [0, 1, 2])  # of SAM's three masks for each prompt
+def test_masks_and_counts_equal_those_of_sam_predictor(
+    favourite, scenes, mixed, sam, original_sam, scorer, monkeypatch
+):
+    for model in (sam, original_sam):
+        last = model.mask_decoder.iou_prediction_head.layers[-1]
+        rated = last.bias.detach().clone()
+        rated[1 + favourite] += 10  # the first of the four is the mask for a single output
+        monkeypatch.setattr(last.bias, "data", rated)
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     predictor = SamPredictor(original_sam)
     chosen = set()
@@ -319,7 +327,7 @@ def test_masks_and_counts_equal_those_of_sam_predictor(scenes, mixed, original_s
             assert overlap.union[b, g] == ((mask | scene.mask) & counted).sum()
             chosen.add(number)
     assert overlap.iou.max() > 0.5  # so the masks are not arbitrary
-    assert len(chosen) > 1
+    assert chosen == {favourite}
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 640), (1000, 1), (2000, 1333)])

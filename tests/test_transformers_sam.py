@@ -320,7 +320,7 @@ def test_the_older_file_of_the_preprocessor_is_read(name, folder, tmp_path):
         ("config.json", "missing", "use a hub name such as facebook/sam"),
         ("config.json", "another model", "it holds a qwen2_5_vl, not a sam"),
         ("model.safetensors", "another model", "it lacks"),
-        ("model.safetensors", "cut short", "fetch all files of the folder again"),
+        ("model.safetensors", "cut short", "model.safetensors is damaged or truncated"),
         ("model.safetensors", "not finite", "1 weights are not finite"),
         ("model.safetensors", "pointer", "model.safetensors is a git-lfs pointer"),
         ("processor_config.json", "another square", "preprocessor_config.json says 96 x 96"),
