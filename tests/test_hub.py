@@ -307,7 +307,7 @@ def test_hub_sets_are_trained_on_and_evaluated(tmp_path, refcocog, capsys):
     import samr1_mini
 
     spec = train_set(tmp_path / "set", refcocog, joined_rows(refcocog))
-    quick = "--steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 2".split()
+    quick = "--steps 2 --prompts_per_step 2 --group_size 2".split()
     samr1_mini.main(["train", *quick, "--data", spec, "--out", str(tmp_path / "run")])
     results = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert results["after"]["n"] == 2 and len(results) == 3

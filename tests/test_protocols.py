@@ -275,6 +275,6 @@ def test_segment_and_train_read_the_form_that_they_asked_for(tmp_path, monkeypat
     samr1_mini.main(["segment", "--query", "it", *FLAGS, *files])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["bbox"] == [1, 2, 30, 40] and printed["points"] == [[5, 6]]
-    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1".split()
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2".split()
     samr1_mini.main(["train", *quick, *FLAGS, "--out", f"{tmp_path}/run"])
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["answer_format"] == 1

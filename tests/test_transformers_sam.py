@@ -359,7 +359,7 @@ def test_train_eval_and_segment(name, folder, tmp_path):
         paths = ["--sam", f"{name}:{folder}", "--out", str(tmp_path / command), *map(str, flags)]
         samr1_mini.main([command, *paths])
 
-    run("train", *"--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 2".split())
+    run("train", *"--steps 1 --prompts_per_step 2 --group_size 2".split())
     adapter = tmp_path / "train" / "adapter"
     card = (adapter / "README.md").read_text()
     assert f"segmenter in the reward: {name}:{folder} (frozen)" in card
