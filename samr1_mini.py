@@ -19,6 +19,9 @@ weights on eight GPUs; SAM 1 by default in place of SAM 2; and what the paper le
 marked *assumed*. The settings `s` are explained in plumbing/settings.py.
 """
 
+import plumbing.interrupts  # noqa: F401  first: Ctrl-C is one line while torch is imported, too
+
+# isort: split
 import json
 import math
 import re
@@ -480,7 +483,7 @@ def segment(s) -> None:
     query = photos.check_query(s.query)
     image = photos.read_picture(s.image)
     out = Path(s.out).expanduser()
-    if out.is_dir() or out.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+    if out.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"--out {out}: name a picture, such as found.png (or .jpg, .pdf, .svg)")
     if out.exists() and out.samefile(Path(s.image).expanduser()):
         raise UserError(f"--out {out}: this is the --image itself: name another picture to write")
