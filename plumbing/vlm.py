@@ -195,7 +195,8 @@ def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, o
     mend = "its file is damaged: fetch it again"
     if model.dtype == torch.float16:
         mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"
-    weights.check_finite(model.named_parameters(), f"{flag} in {model.dtype}", mend)
+    held = [(name, x) for name, x in model.named_parameters() if x.is_floating_point()]  # not 4 bit
+    weights.check_finite(held, f"{flag} in {model.dtype}", mend)
     return processor, model
 
 
