@@ -70,6 +70,11 @@ class Asker:
         self.trained = s.adapter != "none"
         self.policy = load_policy(s, s.adapter)
         self.scorer = load_scorer(s, self.policy.device)
+        config = self.policy.model.active_peft_config if self.trained else None
+        start = str(getattr(config, "init_lora_weights", ""))
+        if getattr(config, "bias", "none") != "none" or start.startswith(("pissa", "olora")):
+            reason = "it changes weights of the base model, which could not be shown beside it"
+            raise UserError(f"--adapter {s.adapter}: {reason}: merge it (tools.merge), name --vlm")
 
     def complete(self, sample: Sample, trained: bool, start: str = "") -> str:
         """The greedy completion that begins with `start`."""
