@@ -273,10 +273,8 @@ def labelme_masks(shapes: list[dict], width: int, height: int) -> tuple[np.ndarr
     Returns target and ignore, (H, W) bool.
     """
     corners = [corner for shape in shapes for corner in shape["points"]]
-    if corners and 0 <= np.min(corners) and np.max(corners) <= 1 and min(width, height) > 16:
-        raise ValueError(
-            "all points lie in 0..1: write them in pixels, not as shares of the picture"
-        )
+    if corners and np.min(corners) >= 0 and np.max(corners) <= 1 and min(width, height) > 16:
+        raise ValueError("all points lie in 0..1: write pixels, not shares of the picture")
     regions = []
     for shape in reversed(shapes):
         label = shape["label"].lower()

@@ -281,9 +281,7 @@ def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor
         raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
     if ignored:
         keys = ", ".join(ignored)
-        raise UserError(
-            f"{flag}: adapter_config.json has {keys}, unknown here: pip install -U peft"
-        )
+        raise UserError(f"{flag}: this peft does not know its {keys}: pip install -U peft")
     if config.is_prompt_learning:
         raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
     start = str(getattr(config, "init_lora_weights", ""))
@@ -312,7 +310,8 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         unknown=keys.unexpected_keys,
         sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
         what=flag,
-        mend=f"it was trained on {config.base_model_name_or_path}: use that --vlm, or fetch it again",
+        mend=f"it was trained on {config.base_model_name_or_path}: use that --vlm, or "
+        "fetch it again",
     )
     return model
 
