@@ -521,3 +521,36 @@ def test_the_flags_in_the_readme_exist():
     for command, rest in lines:
         fields = samr1_mini.parse_settings(command, []).__dataclass_fields__
         assert set(re.findall(r"--([a-z_]+)", rest)) <= {*fields, "help"}, rest
+
+
+# --------------------------------------------------------------------------------------------------
+# What is mended is used
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_eval_tries_skipped_samples_again(refcocog, policy_folder, tmp_path):
+    """Their answers stand where they would have stood, and are those of a whole evaluation."""
+    root = Path(shutil.copytree(refcocog, tmp_path / "damaged"))
+    data = ("--vlm", policy_folder, "--data", f"refcocog:{root}/test", "--out")
+    heldout = load_data(f"refcocog:{root}/test", "heldout")
+    file = heldout.folder / heldout.expressions[0].image[0]
+    file = file.rename(file.with_suffix(".away"))
+    run("eval", *data, tmp_path / "eval")
+    assert "skipped" in first_answer(tmp_path / "eval")
+    run("eval --resume --out", tmp_path / "eval")  # it is still missing
+    assert "skipped" in first_answer(tmp_path / "eval")
+    file.rename(file.with_suffix(".jpg"))
+    run("eval --resume --out", tmp_path / "eval")
+    run("eval", *data, tmp_path / "whole")
+    assert answers(tmp_path / "eval") == answers(tmp_path / "whole")
+    results = [
+        json.loads((tmp_path / name / "eval.json").read_text()) for name in ("eval", "whole")
+    ]
+    assert [row["n"] for row in results[0].values()] == [len(heldout)] * 2
+    assert results[0]["base"]["giou"] == results[1]["base"]["giou"]
+
+
+def test_the_suffix_of_a_picture_may_be_in_capitals(tmp_path):
+    image = ROOT / "assets" / "tiers.png"
+    run("segment --query star --image", image, "--out", tmp_path / "found.PNG")
+    assert Image.open(tmp_path / "found.PNG").format == "PNG"
