@@ -44,14 +44,14 @@ def fault_of(file: Path) -> str:
             # This reads the header, and compares it with the size.
             with safe_open(file, "pt") as opened:
                 types = {part.get_dtype() for part in map(opened.get_slice, opened.keys())}
-            # Some programs give a file its final size first, and write the data later. An adapter
-            # may end in zeros: so do the weights of an untrained one.
-            if file.name not in ADAPTER_FILES and not any(end_of(file)):
-                return "ends in zeros: its download was interrupted: fetch it again"
     except Exception as error:  # a damaged file can raise anything; this block only reads
         return f"is damaged or truncated: fetch it again ({reason_of(error)})"
     if types & {"I8", "U8", torch.int8, torch.uint8}:  # would be read without their scale
         return "holds quantised weights, which are not read: fetch those in float"
+    # Some programs give a file its final size first, and write the data later. An adapter may end
+    # in zeros: so do the weights of an untrained one.
+    if file.suffix == ".safetensors" and file.name not in ADAPTER_FILES and not any(end_of(file)):
+        return "ends in zeros: its download was interrupted: fetch it again"
     return ""
 
 

@@ -543,11 +543,8 @@ def test_a_resumed_eval_tries_skipped_samples_again(refcocog, policy_folder, tmp
     run("eval --resume --out", tmp_path / "eval")
     run("eval", *data, tmp_path / "whole")
     assert answers(tmp_path / "eval") == answers(tmp_path / "whole")
-    results = [
-        json.loads((tmp_path / name / "eval.json").read_text()) for name in ("eval", "whole")
-    ]
-    assert [row["n"] for row in results[0].values()] == [len(heldout)] * 2
-    assert results[0]["base"]["giou"] == results[1]["base"]["giou"]
+    results = (tmp_path / "eval" / "eval.json").read_text()
+    assert results == (tmp_path / "whole" / "eval.json").read_text() and "skipped" not in results
 
 
 def test_the_suffix_of_a_picture_may_be_in_capitals(tmp_path):

@@ -446,7 +446,8 @@ def test_logits_that_overflow_are_refused(command, vlm, tmp_path):
 
 def test_the_scale_of_float16_is_resumed(tmp_path):
     """An older checkpoint has none."""
-    checkpoint(tmp_path, scale=64.0).save(1, samr1_mini.parse_settings("train", []), {})
+    results = {"before": METRICS, "ceiling": METRICS}
+    checkpoint(tmp_path, scale=64.0).save(1, samr1_mini.parse_settings("train", []), results)
     file = tmp_path / "checkpoint" / "state.pt"
     state = torch.load(file, weights_only=True)
     for expected in (64, 2):
