@@ -41,6 +41,7 @@ LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 
 # Pillow warns of pictures above its limit of 89 million pixels, and refuses those above twice that.
 # Here both are refused: SAM and the figures need 30 bytes for each pixel.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # only the orientation is read of it
 UPRIGHT = {  # EXIF's orientation of a stored picture: what turns it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -166,9 +167,11 @@ def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
         along the columns, the first one of zeros.
     """
     mask = np.zeros((height, width), bool)
+    furthest = 0.0
     for part in coco_parts(segmentation):
         if isinstance(part, dict):
             mask |= decode_runs(part, width, height)
+            furthest = np.inf
             continue
         corners = np.array(part, np.float64)
         if corners.ndim == 1 and len(corners) % 2 == 0:
@@ -181,6 +184,9 @@ def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
             raise ValueError("a corner is not finite, or absurdly far away")
         polygons = coco.frPyObjects([corners.ravel().tolist()], height, width)
         mask |= coco.decode(polygons[0]).astype(bool)
+        furthest = max(furthest, corners.max())
+    if 0 < furthest <= 1 and min(width, height) > 16:
+        raise ValueError("all corners lie in 0..1: write pixels, not shares of the image")
     return mask
 
 

@@ -805,6 +805,8 @@ def test_shares_of_a_picture_are_no_pixels(label):
     shares = shape(label, *box(0.2, 0.25, 0.75, 1))
     with pytest.raises(ValueError, match="write pixels"):
         labelme_masks([shares], 640, 480)
+    with pytest.raises(ValueError, match="write pixels"):
+        coco_mask([[0.2, 0.25, 0.75, 0.25, 0.75, 1]], 640, 480)
     pixels = shape("target", *box(8, 8, 20, 20))
     assert labelme_masks([pixels, shares | {"label": "target"}], 640, 480)[0].sum() > 13 * 13
 

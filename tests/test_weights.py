@@ -130,6 +130,7 @@ def test_a_model_that_is_not_whole_is_refused(name, change, message, vlm):
         ("config.json", ["text_config", "num_hidden_layers"], 2, "layer"),
         ("config.json", ["image_token_id"], 6, "of another model"),
         ("config.json", ["quantization_config"], {"quant_method": "awq", "bits": 4}, "(awq)"),
+        ("generation_config.json", ["eos_token_id"], [1, 151645], "of another model"),
         ("config.json", ["auto_map"], {"AutoConfig": "own.Config"}, ""),
         ("processor_config.json", ["image_processor", "patch_size"], 14, "of another model"),
     ],
