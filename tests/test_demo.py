@@ -224,3 +224,9 @@ def test_an_adapter_that_changes_the_base_model_is_not_shown_beside_it(options, 
     get_peft_model(model, lora).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="--adapter .*tools.merge"):
         demo.Asker(DemoSettings(adapter=str(tmp_path)))
+
+
+@pytest.mark.parametrize("query, thought", [("a" * 1001, ""), ("a", "[" * 10**5)])
+def test_a_text_that_would_keep_the_server_busy_is_refused(query, thought, asker):
+    with pytest.raises(UserError, match="at most 1000 characters"):
+        demo.answer(asker, True, demo.drawn_scene(2), query, thought)

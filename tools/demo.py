@@ -94,8 +94,9 @@ def drawn_scene(number: int) -> Sample:
     return SCENES[number]
 
 
-def uploaded_picture(file: str) -> Sample:
+def uploaded_picture(file: str | None) -> Sample:
     """A picture of the user's, scaled down to LARGEST."""
+    file = file or ""  # a client can send none
     try:
         image = read_picture(file)
     except UserError as error:
@@ -131,6 +132,8 @@ def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str 
     query = check_query(query)
     thought = thought or ""  # a client can send no text at all
     check_plain(thought, "thought")
+    if max(len(query), len(thought)) > LONGEST:  # Gradio limits what is typed, not what is sent
+        raise UserError(f"a query or a thought has at most {LONGEST} characters")
     known = query == shown.query
     sample = shown if known else without_mask(shown.image, query)
     text = asker.complete(sample, trained, f"<think>{thought}</think>" if thought else "")
