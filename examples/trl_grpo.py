@@ -313,7 +313,7 @@ def main(argv: list[str]) -> None:
     out = train(parse_settings(argv))
     if not PartialState().is_main_process:
         return
-    metrics = runs.read_rows(out / "metrics.jsonl", {"step"})
+    metrics = runs.read_rows(out / "metrics.jsonl", runs.METRICS)
     if metrics:
         runs.save_figure(pictures.curves(metrics), out / "curves.png")
         first = metrics[0]["reward"]

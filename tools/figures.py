@@ -27,7 +27,7 @@ from data import Sample
 from grpo import Completions, group_advantages, may_attend, pack
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.runs import read_rows, save_figure
+from plumbing.runs import METRICS, read_rows, save_figure
 from plumbing.settings import Settings
 from plumbing.sources import load_data
 from plumbing.vlm import Prompts
@@ -94,7 +94,7 @@ def draw_curves(grid, *runs: Path) -> None:
     """A panel for each of the first PANELS, with a curve for each run."""
     for axes, (name, title) in zip(grid.flat, PANELS.items(), strict=False):
         for k, run in enumerate(runs):
-            rows = read_rows(run / "metrics.jsonl", {"step"})
+            rows = read_rows(run / "metrics.jsonl", METRICS)
             label = f"seed {read_settings(run).seed}"
             pictures.smooth(axes, rows, name, f"C{k}", label=label)
         axes.set_title(title, fontsize=10)
