@@ -12,18 +12,18 @@ A flag of `samr1_mini.py train` may follow, such as --steps 4, the fewest that c
 
 Both sides have the same weights, the same initial adapter, the same prompts in the same order, the
 same objective, one AdamW update per step, and the same number of threads. Ours is samr1_mini.train
-without the evaluation before and after. The time of a step is measured from one optimizer step to
-the next, so it contains all work of the step. In every other step SAM is not asked, so the rewards
-are those of the format, which take no time. In the others both sides call this repository's
-SamScorer with the tiny SAM. Each side is a process, and the two take turns step by step. Memory is
-the peak of a process minus its memory before the first step. At the end, the script compares TRL's
-log-probs and gradients with ours, on the completions of TRL's last step.
+without the evaluation before and after, TRL's is examples.trl_grpo.train. The time of a step is
+measured from one optimizer step to the next, so it contains all work of the step. In every other
+step SAM is not asked, so the rewards are those of the format, which take no time. In the others
+both sides call this repository's SamScorer with the tiny SAM. Each side is a process, and the two
+take turns step by step. Memory is the peak of a process minus its memory before the first step. At
+the end, the script compares TRL's log-probs and gradients with ours, on the completions of TRL's
+last step.
 
-Remaining differences: TRL gets drawn and resized scenes, ours are drawn during the step. TRL's
-loss_type "dapo" gives all tokens of a step equal weight; ours gives the tokens of a group equal
-weight, and then the groups. Ours excludes the vision tokens from the distribution; TRL does not
-sample them, but includes them in the log-probs. By default TRL recomputes the layers in the
-backward pass; here neither side does.
+Remaining differences: TRL gets drawn scenes, ours are drawn during the step. TRL's loss_type "dapo"
+gives all tokens of a step equal weight; ours gives the tokens of a group equal weight, and then the
+groups. Ours excludes the vision tokens from the distribution; TRL does not sample them, but
+includes them in the log-probs. Neither side recomputes layers in the backward pass.
 
 The middle model has random weights. The end token is banned, so it generates 64 tokens, and the
 rewards read fixed answers instead of its text.
@@ -32,7 +32,6 @@ rewards read fixed answers instead of its text.
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import statistics
@@ -42,22 +41,19 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import AutoModelForImageTextToText
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 import samr1_mini
 from benchmarks.meter import DEVICE, THREADS, now, print_table, resident_mib
 from benchmarks.random_models import medium_vlm
-from data import Shapes, messages
+from data import Shapes
+from examples import trl_grpo
 from grpo import Completions, group_logprobs, grpo_loss
 from plumbing.errors import exit_with_one_line
-from plumbing.runs import indices, peak_mib
-from plumbing.sam import load_sam
+from plumbing.runs import indices, peak_mib, read_rows
 from plumbing.settings import Settings, parse_settings
-from plumbing.vlm import Policy, load_vlm, vlm_path
+from plumbing.vlm import Policy, load_vlm
 from reward import Overlap, SamScorer, score_completions
 
 ALWAYS = "--epochs 1 --minibatches 1 --save_every 1000000"
@@ -91,127 +87,80 @@ class EveryOtherStep(SamScorer):
 # --------------------------------------------------------------------------------------------------
 
 
-def train_ours(s: Settings, part: str) -> dict:
-    """Run samr1_mini.train. Returns the reward of each step, and the memory that training adds."""
+def replacements(part: str) -> dict:
+    """What both sides use in place of functions of their modules. See the end of the docstring."""
+    if part != "middle":
+        return {}
 
     def load(*args, **options):
         policy = load_vlm(*args, **options)
-        if part == "middle":
-            policy.banned = torch.cat([policy.banned, policy.end])
-            policy.texts = lambda completions: [ANSWERS]
+        policy.banned = torch.cat([policy.banned, policy.end])
         return policy
 
-    def evaluate(*args, **options):
+    def score(scorer, batch, texts, **options):
+        return score_completions(scorer, batch, [ANSWERS], **options)
+
+    return {"load_vlm": load, "score_completions": score}
+
+
+def train_ours(s: Settings, part: str) -> dict:
+    """Run samr1_mini.train. Returns the reward of each step, and the memory that training adds."""
+    before = []
+
+    def evaluate(*args):
         before.append(resident_mib())
         return []
 
-    before = []
-    replaced = {"load_vlm": load, "evaluate": evaluate}
+    replaced = replacements(part) | {"evaluate": evaluate}
     replaced |= {"log_samples": mock.Mock(), "WARMUP": 1}  # TRL does neither
-    if part != "learn":
-        replaced["SamScorer"] = EveryOtherStep
     with (
         mock.patch.multiple(samr1_mini, **replaced),
         mock.patch.object(samr1_mini.pictures, "record_rollouts"),
     ):
         samr1_mini.train(s)
-    lines = (Path(s.out) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    peak = max(row["peak_mib"] for row in rows)
-    return {"reward": [row["reward"] for row in rows], "MiB added": peak - before[0]}
+    rows = read_rows(Path(s.out) / "metrics.jsonl", {"step"})
+    added = max(row["peak_mib"] for row in rows) - before[0]
+    return {"reward": [row["reward"] for row in rows], "MiB added": added}
 
 
 class Trainer(GRPOTrainer):
-    """Keeps its last batch, in the order of the prompts."""
+    """Keeps its last batch, in the order of the prompts, and the memory that training adds."""
+
+    def train(self, **options):
+        Trainer.last = self
+        before = resident_mib()
+        super().train(**options)
+        self.added_mib = peak_mib(DEVICE) - before
 
     def _generate_and_score_completions(self, inputs):
         self.last_batch = super()._generate_and_score_completions(inputs)
         return self.last_batch
 
 
-def make_trainer(s: Settings, part: str, policy: Policy, rows: list[dict], reward) -> Trainer:
-    """TRL's trainer with our settings. rows: prompts, images and indices of the samples."""
-    suppressed = policy.banned.tolist()
-    if part == "middle":
-        suppressed += policy.end.tolist()
-    config = GRPOConfig(
-        output_dir=s.out,
-        max_steps=s.steps,
-        seed=s.seed,
-        shuffle_dataset=False,
-        per_device_train_batch_size=s.prompts_per_step * s.group_size,
-        num_generations=s.group_size,
-        max_completion_length=s.max_new_tokens,
-        temperature=s.temperature,
-        generation_kwargs={"suppress_tokens": suppressed},
-        loss_type="dapo",
-        epsilon=0.2,
-        epsilon_high=s.eps_high,
-        beta=s.beta,
-        disable_dropout=True,
-        learning_rate=s.lr,
-        lr_scheduler_type="linear",
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=DEVICE.type == "cuda",
-        use_cpu=DEVICE.type == "cpu",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-    )
-    vlm = AutoModelForImageTextToText.from_pretrained(
-        vlm_path(s.vlm), dtype=policy.model.dtype, attn_implementation="sdpa"
-    )
-    torch.manual_seed(s.seed)  # for the adapter's weights, as in add_lora
-    lora = LoraConfig(
-        r=s.lora_rank,
-        lora_alpha=2 * s.lora_rank,
-        target_modules=samr1_mini.LORA_TARGETS,
-        task_type="CAUSAL_LM",
-    )
-    return Trainer(
-        model=vlm,
-        processing_class=policy.processor,
-        reward_funcs=reward,
-        train_dataset=Dataset.from_list(rows),
-        peft_config=lora,
-        args=config,
-    )
-
-
 def train_trl(s: Settings, part: str) -> dict:
-    """Train with GRPOTrainer. Returns the same as `train_ours`, and how much the two differ."""
-    policy = load_vlm(s.vlm, s.device, s.side, s.prompt)  # for its tokens and for the comparison
-    samples = Shapes("train")
-    B, G = s.prompts_per_step, s.group_size
-    order = [i for step in range(s.steps) for i in indices(step, B, len(samples), s.seed)]
-    used = {index: samples[index] for index in order}
-    scorer_class = SamScorer if part == "learn" else EveryOtherStep
-    scorer = scorer_class(load_sam(s.sam), policy.device)
-    peaks = []
+    """Run examples.trl_grpo.train. Returns what `train_ours` does, and how the two differ."""
+    dataset = Shapes("train")
+    B = s.prompts_per_step
+    order = [i for step in range(s.steps) for i in indices(step, B, len(dataset), s.seed)]
+    samples = [dataset[i] for i in order]
+    trl_arguments = trl_grpo.trl_arguments
 
-    def row(index: int) -> dict:
-        chat = messages(used[index].query, s.prompt, policy.coordinates, s.side)
-        image = used[index].image.resize((s.side, s.side))
-        return {"prompt": chat, "image": image, "index": index}
+    def arguments(*args) -> dict:
+        ours = {"shuffle_dataset": False, "warmup_steps": 0}
+        return trl_arguments(*args) | ours | {"log_completions": False, "save_strategy": "no"}
 
-    def reward(completions, index, **_):
-        texts = [completion[-1]["content"] for completion in completions]
-        if part == "middle":
-            texts = ANSWERS * B
-        batch = [used[i] for i in index[::G]]  # TRL repeats each prompt G times
-        groups = [texts[start : start + G] for start in range(0, len(texts), G)]
-        return score_completions(scorer, batch, groups, policy.extent).reward.flatten().tolist()
-
-    trainer = make_trainer(s, part, policy, [row(index) for index in order], reward)
-    before = resident_mib()
-    register_optimizer_step_post_hook(lambda *_: peaks.append(peak_mib(policy.device)))
-    trainer.train()
-    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    result = {"reward": rewards, "MiB added": max(peaks) - before}
+    replaced = replacements(part) | {"trl_arguments": arguments}
+    with (
+        mock.patch.multiple(trl_grpo, load_data=lambda *_: samples, **replaced),
+        mock.patch("trl.GRPOTrainer", Trainer),
+    ):
+        trl_grpo.train(s)
+    trainer = Trainer.last
+    rows = read_rows(Path(s.out) / "metrics.jsonl", {"step"})
+    result = {"reward": [row["reward"] for row in rows], "MiB added": trainer.added_mib}
+    policy = load_vlm(s.vlm, s.device, s.side, s.prompt)
     policy.model = trainer.model
-    return result | compare(trainer, policy, [used[index] for index in order[-B:]], s)
+    return result | compare(trainer, policy, samples[-B:], s)
 
 
 def compare(trainer, policy: Policy, samples: list, s: Settings) -> dict[str, float]:
@@ -277,8 +226,13 @@ def work(pipe, part: str, side: str, s: Settings) -> None:
         started = now()
 
     register_optimizer_step_post_hook(end_step)
-    with contextlib.redirect_stdout(io.StringIO()):
-        pipe.send((train_ours if side == "ours" else train_trl)(s, part))
+    train = train_ours if side == "ours" else train_trl
+    scorer = SamScorer if part == "learn" else EveryOtherStep
+    with (
+        mock.patch.object(samr1_mini, "SamScorer", scorer),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        pipe.send(train(s, part))
 
 
 # --------------------------------------------------------------------------------------------------
