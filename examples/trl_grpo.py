@@ -94,8 +94,7 @@ class Samples:
         for row in batch:
             sample = self.read(row["index"])
             chat = messages(sample.query, self.policy.prompt, self.policy.coordinates, side)
-            image = sample.image.resize((side, side))
-            found.append({"index": row["index"], "prompt": chat, "image": image})
+            found.append(row | {"prompt": chat, "image": sample.image.resize((side, side))})
         return found
 
 
@@ -106,8 +105,9 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
     to N rewards. A process gets a part of the global batch, so its groups may be incomplete.
     """
 
+    policy = samples.policy
+
     def sam_reward(completions, index, log_metric=None, log_extra=None, **_) -> list[float]:
-        policy = samples.policy
         distinct = list(dict.fromkeys(index))  # B samples
         rows = [distinct.index(number) for number in index]
         columns = [rows[:k].count(row) for k, row in enumerate(rows)]
@@ -130,17 +130,15 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
             samples.skipped = 0
         if log_extra:
             log_extra("index", index)
-            log_extra("iou", values("iou"))
         return values("reward")
 
     return sam_reward
 
 
 class MetricsFile(TrainerCallback):
-    """Writes metrics.jsonl, one line for each step, and ends a training that diverges.
+    """Writes metrics.jsonl, and ends a training that diverges before its step is saved.
 
-    All processes end, before the step is saved. In float16 an update is skipped if its gradient
-    overflows.
+    In float16 an update is skipped if its gradient overflows.
     """
 
     def __init__(self, file: Path, updates: int):
@@ -209,11 +207,8 @@ def trl_arguments(s: Settings, policy: Policy, processes: int) -> dict:
 
 
 def open_run(s: Settings, process: PartialState) -> tuple[Path, str | None, int]:
-    """The folder of the run, the checkpoint to continue from or None, and its steps.
-
-    The main process chooses the folder and prepares it.
-    """
-    out = [None]
+    """The folder of the run, the checkpoint to continue from or None, and its steps."""
+    out = [None]  # the main process chooses the folder
     if process.is_main_process:
         out = [runs.open_run(s, f"runs/trl-{samr1_mini.run_name(s)}-{s.seed}")]
     (out,) = broadcast_object_list(out)
@@ -244,18 +239,17 @@ def train(s: Settings) -> None:
     arguments = trl_arguments(s, policy, process.num_processes)
     out, checkpoint, done = open_run(s, process)
     samples = Samples(dataset, policy, keep=2 * s.prompts_per_step)  # accelerate reads ahead
-    lora = LoraConfig(
-        r=s.lora_rank,
-        lora_alpha=2 * s.lora_rank,
-        target_modules=samr1_mini.LORA_TARGETS,
-        task_type="CAUSAL_LM",
-    )
     trainer = GRPOTrainer(
         model=policy.model,
         processing_class=policy.processor,
         reward_funcs=trl_reward(scorer, samples, s.accuracy),
         train_dataset=Dataset.from_dict({"index": range(len(dataset))}),
-        peft_config=lora,
+        peft_config=LoraConfig(
+            r=s.lora_rank,
+            lora_alpha=2 * s.lora_rank,
+            target_modules=samr1_mini.LORA_TARGETS,
+            task_type="CAUSAL_LM",
+        ),
         args=GRPOConfig(output_dir=str(out / "checkpoint"), **arguments),
         callbacks=[MetricsFile(out / "metrics.jsonl", s.epochs * s.minibatches)],
     )
@@ -266,19 +260,13 @@ def train(s: Settings) -> None:
         if done < s.steps:
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(out / "adapter"))
-        if process.is_main_process:
-            runs.share_weights(out / "adapter")
-            report(out)
-
-
-def report(out: Path) -> None:
-    """Draw the curves of a finished run, and print its first and last reward."""
-    metrics = runs.read_rows(out / "metrics.jsonl", {"step"})
-    if metrics:
-        runs.save_figure(pictures.curves(metrics), out / "curves.png")
-        first, last = (metrics[k]["reward"] for k in (0, -1))
-        print(f"mean reward (of 6): {first:.2f} -> {last:.2f} (first and last step)")
-    print(f"evaluate it: python samr1_mini.py eval --adapter {out}/adapter")
+    if process.is_main_process:
+        runs.share_weights(out / "adapter")
+        if metrics := runs.read_rows(out / "metrics.jsonl", {"step"}):
+            runs.save_figure(pictures.curves(metrics), out / "curves.png")
+            first, last = (metrics[k]["reward"] for k in (0, -1))
+            print(f"mean reward (of 6): {first:.2f} -> {last:.2f} (first and last step)")
+        print(f"evaluate it: python samr1_mini.py eval --adapter {out}/adapter")
 
 
 def main(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from plumbing import intervals, pictures
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.runs import write_text
+from plumbing.runs import read_rows, write_text
 from reward import SamPrompt
 
 COLUMNS = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5", "n": "samples"}
@@ -69,13 +69,6 @@ def decode(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def text_html(answer: dict) -> str:
-    """The tokens of a completion, with marks at those that were clipped."""
-    sides = answer["clipped"] or [0] * len(answer["tokens"])
-    pairs = zip(answer["tokens"], sides, strict=True)
-    return "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
-
-
 def answer_html(one: dict, answer: dict) -> str:
     """A completion: its picture, reward, IoU, advantage, clipped tokens and text."""
     mask = np.asarray(decode(answer["mask"]))
@@ -88,10 +81,13 @@ def answer_html(one: dict, answer: dict) -> str:
     ).format_map(answer)
     if answer["advantage"] is not None:
         line += f", advantage <b>{answer['advantage']:+.3g}</b>"
-    if (clipped := answer["clipped"]) is not None:
-        line += f"<br>clipped {clipped.count(1)}\u25b2 {clipped.count(-1)}\u25bc of {len(clipped)}"
+    sides = answer["clipped"] or [0] * len(answer["tokens"])
+    if answer["clipped"] is not None:
+        line += f"<br>clipped {sides.count(1)}\u25b2 {sides.count(-1)}\u25bc of {len(sides)}"
+    pairs = zip(answer["tokens"], sides, strict=True)
+    text = "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
     shown = f'<img src="{pictures.data_uri(picture)}" alt="">'
-    return f"<li>{shown}<p>{line}</p><pre>{text_html(answer)}</pre></li>\n"
+    return f"<li>{shown}<p>{line}</p><pre>{text}</pre></li>\n"
 
 
 def scene_html(one: dict) -> str:
@@ -145,11 +141,9 @@ def curves_html(rows: list[dict]) -> str:
     return f'<img src="{uri}" alt="Curves of {len(rows)} steps">'
 
 
-def read(file: Path, lines: bool = False):
-    """The JSON in a file, or a list of that in its lines. Raises UserError if it is damaged."""
+def read(file: Path):
+    """The JSON in a file. Raises UserError if it is damaged."""
     try:
-        if lines:  # one without an end is still being written
-            return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
         return json.loads(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): delete it, or what is damaged") from error
@@ -168,8 +162,7 @@ def report_html(run: Path) -> str:
     results = "<p>No evaluation was written yet.</p>"
     if (file := run / "eval.json").is_file():
         results = results_html(read(file))
-    file = run / "metrics.jsonl"
-    rows = read(file, lines=True) if file.is_file() else []
+    rows = read_rows(run / "metrics.jsonl", {"step"})
     files = sorted((run / "rollouts").glob("step_*.json"))
     steps = [step_html(read(file), file == files[-1]) for file in files]
     page = PAGE.substitute(
