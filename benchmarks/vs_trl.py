@@ -1,12 +1,9 @@
 """vs_trl.py - one whole GRPO step, ours compared with the GRPOTrainer of TRL 1.16.0.
 
     pip install -r benchmarks/requirements.txt
-    python -m benchmarks.vs_trl small     the embedded default: 8 prompts x 8 completions of at most
-                                          48 tokens
+    python -m benchmarks.vs_trl small     the embedded default: 8 prompts x 8 completions
     python -m benchmarks.vs_trl middle    8 layers of width 512, 840 x 840 pixels, 1 prompt x 8
-                                          completions of 64 tokens
-    python -m benchmarks.vs_trl learn     training on the embedded default, three seeds: do both
-                                          learn the same?
+    python -m benchmarks.vs_trl learn     do both learn the same? The default with three seeds
 
 A flag of `samr1_mini.py train` may follow, such as --steps 4, the fewest that can be measured.
 
@@ -49,11 +46,11 @@ from benchmarks.meter import DEVICE, THREADS, now, print_table, resident_mib
 from benchmarks.random_models import medium_vlm
 from data import Shapes
 from examples import trl_grpo
-from grpo import Completions, group_logprobs, grpo_loss
+from grpo import Completions, grpo_loss
 from plumbing.errors import exit_with_one_line
 from plumbing.runs import indices, peak_mib, read_rows
 from plumbing.settings import Settings, parse_settings
-from plumbing.vlm import Policy, load_vlm
+from plumbing.vlm import load_vlm
 from reward import Overlap, SamScorer, score_completions
 
 ALWAYS = "--epochs 1 --minibatches 1 --save_every 1000000"
@@ -80,11 +77,6 @@ class EveryOtherStep(SamScorer):
             return super().score(samples, prompts)
         zeros = torch.zeros(len(samples), len(prompts[0]))
         return Overlap(intersection=zeros, union=zeros, prompted=zeros > 0, masks=None)
-
-
-# --------------------------------------------------------------------------------------------------
-# The two sides, each in a process
-# --------------------------------------------------------------------------------------------------
 
 
 def replacements(part: str) -> dict:
@@ -155,38 +147,33 @@ def train_trl(s: Settings, part: str) -> dict:
         mock.patch("trl.GRPOTrainer", Trainer),
     ):
         trl_grpo.train(s)
-    trainer = Trainer.last
     rows = read_rows(Path(s.out) / "metrics.jsonl", {"step"})
-    result = {"reward": [row["reward"] for row in rows], "MiB added": trainer.added_mib}
-    policy = load_vlm(s.vlm, s.device, s.side, s.prompt)
-    policy.model = trainer.model
-    return result | compare(trainer, policy, samples[-B:], s)
+    result = {"reward": [row["reward"] for row in rows], "MiB added": Trainer.last.added_mib}
+    return result | compare(Trainer.last, samples[-B:], s)
 
 
-def compare(trainer, policy: Policy, samples: list, s: Settings) -> dict[str, float]:
+def compare(trainer: Trainer, samples: list, s: Settings) -> dict[str, float]:
     """Compare both sides on TRL's last completions.
 
     Returns the largest difference of the reference's log-probs, and the difference of the loss's
     gradients relative to TRL's.
     """
-    model, batch = trainer.model, trainer.last_batch
-    shape = (s.prompts_per_step, s.group_size, -1)
-    completions = Completions(
-        batch["completion_ids"].view(shape).cpu(), batch["completion_mask"].view(shape).cpu().bool()
-    )
+    policy = load_vlm(s.vlm, s.device, s.side, s.prompt)
+    policy.model = model = trainer.model
+    policy.banned = policy.banned[:0]  # as in TRL
     prompts = policy.read(samples)
-    # As in TRL, no token is banned, and all completions form one group with equal weights of all
-    # tokens: (1, B * G, T).
-    none = policy.banned[:0]
-    mask = batch["completion_mask"][None].bool()
+    batch = trainer.last_batch
+    mask = batch["completion_mask"].bool()  # (B * G, T)
+    shape = (s.prompts_per_step, s.group_size, -1)
+    completions = Completions(batch["completion_ids"].view(shape).cpu(), mask.view(shape).cpu())
+
+    def logprobs() -> torch.Tensor:
+        """As in TRL, all completions form one group, (1, B * G, T): all tokens weigh the same."""
+        return samr1_mini.logprobs(policy, prompts, completions, s)[0].flatten(0, 1)[None]
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
         weights = [p for p in model.parameters() if p.requires_grad]
         return torch.cat([g.flatten().float() for g in torch.autograd.grad(loss, weights)])
-
-    def logprobs() -> torch.Tensor:
-        result, _ = group_logprobs(model, prompts, completions, none, s.temperature)
-        return result.flatten(0, 1)[None]
 
     with torch.no_grad(), model.disable_adapter():
         reference = logprobs()
@@ -196,7 +183,7 @@ def compare(trainer, policy: Policy, samples: list, s: Settings) -> dict[str, fl
         old=new.detach(),
         reference=reference,
         advantages=batch["advantages"][None],
-        mask=mask,
+        mask=mask[None],
         eps_high=s.eps_high,
         beta=s.beta,
     )
@@ -204,7 +191,7 @@ def compare(trainer, policy: Policy, samples: list, s: Settings) -> dict[str, fl
     theirs = gradient(trainer._compute_loss(model, batch))
     difference = reference[0] - batch["ref_per_token_logps"]
     return {
-        "log-probs": difference[mask[0]].abs().max().item(),
+        "log-probs": difference[mask].abs().max().item(),
         "gradient": ((ours - theirs).norm() / theirs.norm()).item(),
     }
 
@@ -235,11 +222,6 @@ def work(pipe, part: str, side: str, s: Settings) -> None:
         pipe.send(train(s, part))
 
 
-# --------------------------------------------------------------------------------------------------
-# Measuring and output
-# --------------------------------------------------------------------------------------------------
-
-
 def start(part: str, s: Settings, folder: str) -> dict:
     """Start both sides. Returns a pipe to each."""
     os.environ |= {"OMP_NUM_THREADS": str(THREADS), "TQDM_DISABLE": "1"}
@@ -254,10 +236,7 @@ def start(part: str, s: Settings, folder: str) -> dict:
 
 
 def measure_steps(part: str, s: Settings, folder: str) -> None:
-    """Measure `small` or `middle`, and print the table.
-
-    Leaves out the first two steps of each side: they warm up.
-    """
+    """Print the table of `small` or `middle`, without the first two steps, which warm up."""
     if part == "middle":
         s.vlm = f"{folder}/middle"
         vision = dict(hidden_size=128, intermediate_size=256, num_heads=4)
@@ -285,10 +264,7 @@ def measure_steps(part: str, s: Settings, folder: str) -> None:
 
 
 def measure_learning(s: Settings, folder: str) -> None:
-    """Print the mean rewards of the first and the last steps.
-
-    Both sides run at the same time, since time is not measured.
-    """
+    """Print the mean rewards of the first and the last steps. Both sides run at the same time."""
     print(f"learn: mean reward (of 6) of the first 5 and the last 20 of {s.steps} steps")
     for seed in range(3):
         for side, pipe in start("learn", replace(s, seed=seed), folder).items():
