@@ -14,8 +14,7 @@ It reports, for the last step, seconds and peak memory by phase and tokens per s
     packed    mean difference of log-probs: the packed row, and each completion in its own row
     graph     mean difference of log-probs: decoding with and without a CUDA graph
 
-Writes all of it to --out as JSON, and prints a Markdown table. Without a CUDA device it stops.
---toy runs the same code at toy size on any device, to check the script itself.
+Writes runs/gpu.json and prints a Markdown table. --toy checks the script itself on any device.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from benchmarks.random_models import random_policy
 from data import Shapes
 from plumbing import decoding
 from plumbing.errors import UserError
-from plumbing.runs import PhaseTimer
+from plumbing.runs import PhaseTimer, write_text
 from plumbing.sam import SAM_SIZES, build_sam
 from plumbing.settings import parse_settings
 from plumbing.vlm import vlm_path
@@ -70,8 +69,7 @@ def expected_gib(s) -> dict[str, float]:
 def measure(s) -> dict:
     """Run the steps of `samr1_mini.train`, and return what was measured."""
     with random_policy(vlm_path(s.vlm), DEVICE):
-        policy = samr1_mini.load_policy(s)
-    policy.model = samr1_mini.add_lora(policy.model, s.lora_rank, s.seed, s.save_memory >= 2)
+        policy = samr1_mini.load_trainable_policy(s)
     sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
     scorer = SamScorer(sam, policy.device, encoder_batch=1, offload=s.save_memory >= 3)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
@@ -99,8 +97,6 @@ def measure(s) -> dict:
         timer.end("update")
         rows.append(timer.row(completions) | statistics)
     found = {"last_step": rows[-1], "ratio": rows[0]["ratio"], "expected_gib": expected_gib(s)}
-    if policy.device.type == "cuda":
-        found["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
     return found | check_logprobs(policy, s, texts[0])
 
 
@@ -159,8 +155,8 @@ def run_part(part: str, toy: bool) -> dict:
 
 def markdown(parts: dict[str, dict]) -> str:
     """The table for benchmarks/README.md."""
-    columns = [*(f"{phase}: s, GiB (expected)" for phase in PHASES), "tokens/s", "CUDA graph"]
-    columns += ["ratio", "packed", "graph"]
+    columns = [f"{phase}: s, GiB (expected)" for phase in PHASES]
+    columns += ["tokens/s", "CUDA graph", "ratio", "packed", "graph"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for part, row in parts.items():
         if "skipped" in row:
@@ -180,7 +176,6 @@ def markdown(parts: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_24gb")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"))
     parser.add_argument("--toy", action="store_true", help="toy size, on any device")
     options = parser.parse_args()
     if DEVICE.type != "cuda" and not options.toy:
@@ -188,13 +183,12 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name(0) if DEVICE.type == "cuda" else "CPU"
     parts = {}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         print(f"{part} ...", file=sys.stderr)
         threads = torch.get_num_threads()
         parts[part] = in_new_process(run_part, part, options.toy, threads=threads)
         result = {"device": name, "torch": torch.__version__, "toy": options.toy, "parts": parts}
-        options.out.write_text(json.dumps(result, indent=2))
+        write_text(Path("runs/gpu.json"), json.dumps(result, indent=2))
     print(f"{name}, torch {torch.__version__}{', toy size' if options.toy else ''}\n")
     print(markdown(parts))
 

@@ -11,15 +11,9 @@ Runs forward and backward of the log-probs of G = 8 completions (200 tokens each
     row by row  the same, one row at a time, each with its own backward pass
 
 Three parts of Qwen2.5-VL-3B, in float32 and with random weights: one layer with LoRA of rank 16 on
-every linear; the same with activation checkpointing; the final norm and the lm_head. The layer has
-a vocabulary of 154 only, since the head would hide what a single layer saves. A toy vision tower
-computes the image features once for all three ways.
-
-The head sees the same 1,600 positions in all three ways. Packed computes the gradient in the
-forward pass, in chunks, and keeps no logits (`grpo.head_logprobs`). It also returns entropies. The
-others keep all logits. All completions have the same length, so the padded batch needs no padding.
-
-From the checkpointed layer and the head the script computes the whole model of 36 layers.
+every linear, and a vocabulary of 154 only; the same with activation checkpointing; the final norm
+and the lm_head. From the last two the script computes the whole model of 36 layers. A toy vision
+tower computes the image features once for all three ways. Each measurement has its own process.
 """
 
 import argparse

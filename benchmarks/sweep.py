@@ -203,13 +203,8 @@ def table(columns: list[str], rows: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures. rows: the finished runs of each setting
-# --------------------------------------------------------------------------------------------------
-
-
 def draw_dots(axes, rows: dict[str, list[dict]], column: str) -> None:
-    """One dot for each seed, and a line at the mean."""
+    """One dot for each seed, and a line at the mean. rows: the finished runs of each setting."""
     for k, runs in enumerate(rows.values()):
         values = [value(run, column) for run in runs]
         axes.plot([k] * len(values), values, "o", color="C0", alpha=0.6)

@@ -7,15 +7,12 @@
 
 A flag of `samr1_mini.py train` may follow, such as --steps 4, the fewest that can be measured.
 
-Both sides have the same weights, the same initial adapter, the same prompts in the same order, the
-same objective, one AdamW update per step, and the same number of threads. Ours is samr1_mini.train
-without the evaluation before and after, TRL's is examples.trl_grpo.train. The time of a step is
-measured from one optimizer step to the next, so it contains all work of the step. In every other
-step SAM is not asked, so the rewards are those of the format, which take no time. In the others
-both sides call this repository's SamScorer with the tiny SAM. Each side is a process, and the two
-take turns step by step. Memory is the peak of a process minus its memory before the first step. At
-the end, the script compares TRL's log-probs and gradients with ours, on the completions of TRL's
-last step.
+Both sides have the same weights, initial adapter, prompts in the same order, objective and number
+of threads, and one AdamW update per step. Ours is samr1_mini.train without the evaluation before
+and after, TRL's is examples.trl_grpo.train. Each is a process, and the two take turns step by step.
+The time of a step is measured from one optimizer step to the next. In every other step SAM is not
+asked, and only the format counts. Memory is the peak of a process minus its memory before the first
+step. At the end, TRL's log-probs and gradients are compared with ours, on its last completions.
 
 Remaining differences: TRL gets drawn scenes, ours are drawn during the step. TRL's loss_type "dapo"
 gives all tokens of a step equal weight; ours gives the tokens of a group equal weight, and then the

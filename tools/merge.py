@@ -84,7 +84,7 @@ def base_of_run(adapter: Path) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.merge", description="Merge a trained adapter into its base model."
+        "python -m tools.merge", description="Merge a trained adapter."
     )
     parser.add_argument("--adapter", type=Path, required=True, help="such as RUN/adapter")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
