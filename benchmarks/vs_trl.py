@@ -135,8 +135,9 @@ def train_trl(s: Settings, part: str) -> dict:
     trl_arguments = trl_grpo.trl_arguments
 
     def arguments(*args) -> dict:
-        ours = {"shuffle_dataset": False, "warmup_steps": 0}
-        return trl_arguments(*args) | ours | {"log_completions": False, "save_strategy": "no"}
+        changed = {"shuffle_dataset": False, "warmup_steps": 0}  # as ours here
+        changed |= {"log_completions": False, "save_strategy": "no"}
+        return trl_arguments(*args) | changed
 
     replaced = replacements(part) | {"trl_arguments": arguments}
     with (
