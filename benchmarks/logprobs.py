@@ -11,9 +11,10 @@ Runs forward and backward of the log-probs of G = 8 completions (200 tokens each
     row by row  the same, one row at a time, each with its own backward pass
 
 Three parts of Qwen2.5-VL-3B, in float32 and with random weights: one layer with LoRA of rank 16 on
-every linear, and a vocabulary of 154 only; the same with activation checkpointing; the final norm
-and the lm_head. From the last two the script computes the whole model of 36 layers. A toy vision
-tower computes the image features once for all three ways. Each measurement has its own process.
+every linear, and a vocabulary of 154, since the head would hide what a layer saves; the same with
+activation checkpointing; the final norm and the lm_head. From the last two the script computes the
+whole model of 36 layers. A toy vision tower computes the image features once for all three ways.
+All completions have the same length, so no row is padded. Each measurement has its own process.
 """
 
 import argparse
