@@ -42,11 +42,6 @@ SAM turns these into a mask. **Change the thought** and let the policy go on fro
 answer follow? Outlines: green is the true mask, if it is known, and magenta is SAM's mask. Box and
 points are white."""
 THOUGHT = "Thought: edit it, for example to: the red triangle is at the bottom left"
-UNTRAINED = """This is the base model. To see a trained one beside it, train one (in minutes):
-
-    python samr1_mini.py train
-    python -m tools.demo --adapter runs/shapes-tiny-0/adapter
-"""
 
 
 @dataclass
@@ -137,13 +132,9 @@ def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str 
     known = query == shown.query
     sample = shown if known else without_mask(shown.image, query)
     text = asker.complete(sample, trained, f"<think>{thought}</think>" if thought else "")
+    policy = asker.policy
     scores = score_completions(
-        asker.scorer,
-        [sample],
-        [[text]],
-        extent=asker.policy.extent,
-        keep_masks=True,
-        style=asker.policy.prompt,
+        asker.scorer, [sample], [[text]], policy.extent, keep_masks=True, style=policy.prompt
     )  # (1, 1)
     mask = scores.overlap.masks[0][0].cpu().numpy()
     truth = sample.mask if known else None
@@ -172,7 +163,7 @@ def build_page(gr, asker: Asker):
     view = dict(height=420, format="png", interactive=False, buttons=["fullscreen"])
     # One event at a time: one that switches the adapter off does so for all of them.
     queue = {"concurrency_id": "models", "concurrency_limit": 1}
-    with gr.Blocks(title="SAM-R1 mini", analytics_enabled=False, delete_cache=(600, 600)) as page:
+    with gr.Blocks(title="SAM-R1 mini", delete_cache=(600, 600)) as page:
         gr.Markdown(INTRODUCTION)
         shown = gr.State(scene)
         with gr.Row():
@@ -182,8 +173,6 @@ def build_page(gr, asker: Asker):
                 upload = gr.UploadButton("Upload a picture", file_types=["image"])
                 query = gr.Textbox(asked, label="Query", max_length=LONGEST)
                 ask = gr.Button("Ask", variant="primary")
-                if not asker.trained:
-                    gr.Markdown(UNTRAINED)
             for trained in (False, True) if asker.trained else (False,):
                 with gr.Column():
                     gr.Markdown("### Trained model" if trained else "### Base model")
@@ -220,11 +209,11 @@ def main(argv: list[str]):
 
 def launch(gr, page, host: str, port: int) -> str:
     """Start the server in a thread of its own. Returns the page's address."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
-        theme=gr.themes.Default(**fonts),  # Gradio's own fonts come from another server
+        # Gradio's own fonts come from another server.
+        theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
         max_file_size=UPLOAD,
         show_error=True,
         share=False,

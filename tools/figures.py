@@ -129,7 +129,10 @@ def loop(run: Path) -> Figure:
         mask = scores.overlap.masks[b][g].cpu().numpy()
         pictures.draw_answer(picture, batch[b].image, mask, scores.prompts[b][g])
         picture.set_title(f"3. SAM's mask: IoU {scores.iou[b, g]:.2f}", fontsize=9)
-        draw_advantage(bar, advantages[g])
+        bar.bar([0], [advantages[g]], color="C0" if advantages[g] > 0 else "C3", width=0.5)
+        bar.axhline(0, color="black", linewidth=0.8)
+        bar.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+        bar.set_xlabel(f"5. advantage {advantages[g]:+.2f}", fontsize=9)
         parts = [scores.accuracy[b, g], scores.think_format[b, g], scores.answer_format[b, g]]
         equation = " + ".join(f"{part:.0f}" for part in parts)
         bar.set_title(f"4. reward {equation} = {scores.reward[b, g]:.0f}", fontsize=9)
@@ -150,13 +153,6 @@ def draw_scene_and_note(figure, sample: Sample) -> None:
     )
     text = "\n\n".join(textwrap.fill(paragraph, 28) for paragraph in paragraphs)
     note.text(0, 0.95, text, va="top", fontsize=9, in_layout=False)
-
-
-def draw_advantage(axes, advantage: float) -> None:
-    axes.bar([0], [advantage], color="C0" if advantage > 0 else "C3", width=0.5)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[], yticks=[])
-    axes.set_xlabel(f"5. advantage {advantage:+.2f}", fontsize=9)
 
 
 def mask() -> Figure:

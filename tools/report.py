@@ -71,13 +71,6 @@ def decode(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def text_html(answer: dict) -> str:
-    """The tokens of a completion, with marks at those that were clipped."""
-    sides = answer["clipped"] or [0] * len(answer["tokens"])
-    pairs = zip(answer["tokens"], sides, strict=True)
-    return "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
-
-
 def answer_html(one: dict, answer: dict) -> str:
     """A completion: its picture, reward, IoU, advantage, clipped tokens and text."""
     mask = np.asarray(decode(answer["mask"]))
@@ -90,10 +83,13 @@ def answer_html(one: dict, answer: dict) -> str:
     ).format_map(answer)
     if answer["advantage"] is not None:
         line += f", advantage <b>{answer['advantage']:+.3g}</b>"
-    if (clipped := answer["clipped"]) is not None:
-        line += f"<br>clipped {clipped.count(1)}\u25b2 {clipped.count(-1)}\u25bc of {len(clipped)}"
+    sides = answer["clipped"] or [0] * len(answer["tokens"])
+    if answer["clipped"] is not None:
+        line += f"<br>clipped {sides.count(1)}\u25b2 {sides.count(-1)}\u25bc of {len(sides)}"
+    pairs = zip(answer["tokens"], sides, strict=True)
+    text = "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
     shown = f'<img src="{pictures.data_uri(picture)}" alt="">'
-    return f"<li>{shown}<p>{line}</p><pre>{text_html(answer)}</pre></li>\n"
+    return f"<li>{shown}<p>{line}</p><pre>{text}</pre></li>\n"
 
 
 def scene_html(one: dict) -> str:
