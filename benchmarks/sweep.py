@@ -32,7 +32,7 @@ import samr1_mini
 from data import Shapes
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.runs import METRICS, read_rows, save_figure
+from plumbing.runs import read_rows, save_figure
 from plumbing.sam import load_sam
 from plumbing.settings import parse_settings
 from reward import SamPrompt, SamScorer
@@ -116,7 +116,7 @@ def read_run(run: Path) -> dict | None:
     """eval.json, the rows of metrics.jsonl and the folder of a finished run, else None."""
     file = run / "eval.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
-    metrics = read_rows(run / "metrics.jsonl", METRICS)
+    metrics = read_rows(run / "metrics.jsonl", {"step": int})
     return results | {"metrics": metrics, "folder": run} if "after" in results else None
 
 
