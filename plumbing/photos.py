@@ -18,34 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from pycocotools import mask as coco
 
 from plumbing.errors import UserError, reason_of
 
-SPLITS = {
-    "refcocog": ("train", "val", "test"),
-    "refcoco": ("train", "val", "testA", "testB"),
-    "refcoco+": ("train", "val", "testA", "testB"),
-    "reasonseg": ("train", "val", "test"),
-}
-# REFER published one of these files and instances.json for each set; they lie in ROOT/<name>/.
-# RefCOCOg has two partitions. Papers report umd, which has a test split.
-REFS = {"refcocog": "refs(umd).p", "refcoco": "refs(unc).p", "refcoco+": "refs(unc).p"}
-PHOTOGRAPHS = "images/mscoco/images/train2014"
-# LISA pins OpenCV 4.8. Up to 4.10 fillPoly fills the same pixels, and 4.11 changed its rounding.
-INSTALL_CV2 = 'pip install "opencv-python-headless<4.11"'
 THINNEST = 200  # longest side over shortest; the tiny SAM would lose the short one above 256
 LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 without a check
-UPRIGHT = {  # EXIF's orientation of a stored picture: what turns it upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @contextlib.contextmanager
@@ -79,21 +58,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Unpickle lists, dicts, strings and numbers only: a pickle can run whatever it imports."""
 
     def find_class(self, module: str, name: str):
-        mend = ": write its numbers as int() gives them" if module.startswith("numpy") else ""
-        reason = f"it imports {module}.{name}, but it may hold plain data only{mend}"
-        raise pickle.UnpicklingError(reason)
-
-
-def whole(value: object) -> int:
-    """An id as an int, also if it is written as a text. Raises ValueError for anything else.
-
-    Ids join the files: if one had "7" and another 7, no sample would have a mask.
-    """
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        number = int(value)
-        if isinstance(value, str) or number == value:
-            return number
-    raise ValueError(f"an id in it is not a whole number: {value!a:.40}")
+        raise pickle.UnpicklingError(f"it imports {module}.{name}, but it may hold plain data only")
 
 
 def read_refs(file: Path, hint: str) -> list[dict]:
@@ -102,20 +67,11 @@ def read_refs(file: Path, hint: str) -> list[dict]:
     Returns dicts with "ref_id", "ann_id", "image_id", "split" and "sentences", which are dicts with
     "sent_id" and "sent". Raises UserError with the file and `hint`, the command that downloads it.
     """
+    keys = ("ref_id", "ann_id", "image_id", "split", "sentences")
     with foreign(file, hint):
         # Python 2 wrote these pickles, so their strings are bytes.
         refs = PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
-        return [
-            {
-                **{key: whole(ref[key]) for key in ("ref_id", "ann_id", "image_id")},
-                "split": ref["split"],
-                "sentences": [
-                    {"sent_id": whole(one["sent_id"]), "sent": one["sent"].strip()}
-                    for one in ref["sentences"]
-                ],
-            }
-            for ref in refs
-        ]
+        return [{key: ref[key] for key in keys} for ref in refs]
 
 
 def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
@@ -131,22 +87,15 @@ def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
 def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
     """As `read_instances`. changed: when the file was written, so a new version is read again."""
     instances = json.loads(file.read_bytes())
-    images = {}
-    for image in instances["images"]:
-        name = image["file_name"]
-        if os.path.basename(name) != name:  # tools.fetch writes files of these names
-            raise ValueError("a file_name in it is a path")
-        add_once(images, image["id"], (name, (image["width"], image["height"])))
-    annotations = {}
-    for one in instances["annotations"]:
-        add_once(annotations, one["id"], (whole(one["image_id"]), one.get("segmentation")))
+    images = {
+        one["id"]: (one["file_name"], (one["width"], one["height"])) for one in instances["images"]
+    }
+    if any(os.path.basename(name) != name for name, _ in images.values()):
+        raise ValueError("a file_name in it is a path")  # tools.fetch writes files of these names
+    annotations = {
+        one["id"]: (one["image_id"], one.get("segmentation")) for one in instances["annotations"]
+    }
     return images, annotations
-
-
-def add_once(entries: dict, key: object, entry: tuple) -> None:
-    """Add an entry under its id. Raises ValueError if another one has the same id."""
-    if entries.setdefault(whole(key), entry) != entry:
-        raise ValueError(f"two entries have the id {key}: an expression may get the wrong mask")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,39 +106,23 @@ def add_once(entries: dict, key: object, entry: tuple) -> None:
 def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
     """Decode a COCO segmentation to a mask, (H, W) bool. Raises ValueError, LookupError, TypeError.
 
-    segmentation: a list of parts, or one part. A part is a polygon [x1, y1, x2, y2, ...] in image
-        pixels, also as pairs [[x1, y1], ...], or run lengths {"size": [H, W], "counts": [...]}
-        along the columns, the first one of zeros.
+    segmentation: a list of polygons [x1, y1, x2, y2, ...] in image pixels, or run lengths
+        {"size": [H, W], "counts": [...]} along the columns, the first one of zeros.
     """
+    if isinstance(segmentation, dict):
+        return decode_runs(segmentation, width, height)
     mask = np.zeros((height, width), bool)
-    for part in coco_parts(segmentation):
-        if isinstance(part, dict):
-            mask |= decode_runs(part, width, height)
-            continue
-        corners = np.array(part, np.float64)
-        if corners.ndim == 1 and len(corners) % 2 == 0:
-            corners = corners.reshape(-1, 2)
-        if corners.ndim != 2 or corners.shape[1] != 2:
-            raise ValueError("a polygon is not made of pairs of numbers")
-        if len(corners) < 3:  # two corners enclose no area
+    for polygon in segmentation:
+        corners = np.array(polygon, np.float64)
+        if corners.ndim != 1 or len(corners) % 2:
+            raise ValueError("a polygon is not a list of pairs of numbers")
+        if len(corners) < 6:  # two corners enclose no area
             continue
         if not (np.abs(corners) < LARGEST_CORNER).all():  # pycocotools crashes on NaN
             raise ValueError("a corner is not finite, or absurdly far away")
-        polygons = coco.frPyObjects([corners.ravel().tolist()], height, width)
-        mask |= coco.decode(polygons[0]).astype(bool)
+        (runs,) = coco.frPyObjects([corners.tolist()], height, width)
+        mask |= coco.decode(runs).astype(bool)
     return mask
-
-
-def coco_parts(segmentation: list | dict) -> list:
-    """The parts of a segmentation: itself, if it is one part without a list around."""
-    if not segmentation:
-        return []
-    if isinstance(segmentation, dict) or not isinstance(segmentation[0], list | dict):
-        return [segmentation]  # run lengths, or x1, y1, x2, y2, ...
-    pairs = [one for one in segmentation if len(one) == 2 and not isinstance(one, dict)]
-    if len(pairs) == len(segmentation) > 2 and not isinstance(pairs[0][0], list):
-        return [segmentation]  # [x1, y1], [x2, y2], ...
-    return segmentation
 
 
 def decode_runs(part: dict, width: int, height: int) -> np.ndarray:
@@ -207,54 +140,26 @@ def decode_runs(part: dict, width: int, height: int) -> np.ndarray:
     return np.repeat(values, runs).reshape(width, height).T  # refuses negative runs
 
 
-# What distinguishes cp1252 from other encodings that are read as it, see `decode_text`.
-LETTERS = "À-ÖØ-öø-ÿŒœŠšŽžŸ"
-MARKS = "‘’‚“”„‹›«»–—…¿¡•©®™\xa0"  # these stand beside any letter
-SIGN = rf"[^\x00-\x7f{LETTERS}{MARKS}]"
-OTHER_ENCODING = re.compile(
-    rf"{SIGN}(?:{SIGN}|[{LETTERS}])|[{LETTERS}]{SIGN}"  # a sign beside a sign or a letter
-    rf"|(?![·\xad°µ×±£€§]){SIGN}[A-Za-z]"
-    rf"|[{LETTERS}]{{4}}|\b([{LETTERS}])(?!(?i:\1))[{LETTERS}]+\b"  # words without a plain letter
-    r"|(?<!\\)[a-zß-ÿ][À-ÞŒŠŽŸ]"  # a capital, or an opening mark, within a word
-    r"|[^\W\d][‚„¿¡]"
-)
-
-
 def decode_text(raw: bytes) -> str:
-    """Decode UTF-8, with or without a byte order mark, or cp1252 (a few files of ReasonSeg).
-
-    Almost all bytes can be decoded as cp1252, so those of another encoding would become a wrong
-    query. They are recognised by bytes that cp1252 does not have, and by what texts of Western
-    Europe do not hold: signs such as ¤ beside accented letters, words of accented letters only,
-    and accented capitals within words. This finds sentences in Chinese, Japanese, Korean, Cyrillic,
-    Greek, Hebrew, Arabic and Thai, and the accents of Macintosh and DOS. It cannot find cp1250,
-    cp1254 and cp1257, which differ from cp1252 in a few letters.
-
-    Raises ValueError.
-    """
-    with contextlib.suppress(UnicodeDecodeError):
+    """Decode UTF-8, with or without a byte order mark, or cp1252 (a few files of ReasonSeg)."""
+    try:
         return raw.decode("utf-8-sig")
-    text = raw.decode("cp1252", errors="replace")
-    if "\ufffd" in text or OTHER_ENCODING.search(text):
-        raise ValueError("it is neither UTF-8 nor cp1252: save it as UTF-8")
-    return text
+    except UnicodeDecodeError:
+        return raw.decode("cp1252")
 
 
 def read_labelme(file: Path, size: tuple[int, int]) -> tuple[object, list[dict]]:
     """The query (the first text, unchecked) and the shapes of one of ReasonSeg's files.
 
-    size: (width, height) of its picture. Raises ValueError or TypeError, also for another size.
+    size: (width, height) of its picture. A file for another size, or a damaged one, can raise
+    anything.
     """
     annotation = json.loads(decode_text(file.read_bytes()))
-    for key in ("text", "shapes"):
-        if key not in annotation:
-            raise ValueError(f"it has no {key!r}")
     stated = (annotation.get("imageWidth"), annotation.get("imageHeight"))  # labelme writes them
     if None not in stated and stated != size:
         raise ValueError(f"it is for a picture of {stated} pixels, and its picture has {size}")
     text = annotation["text"]
-    query = text[0] if isinstance(text, list) and text else text
-    return query, annotation["shapes"]
+    return (text[0] if isinstance(text, list) and text else text), annotation["shapes"]
 
 
 def labelme_masks(shapes: list[dict], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
@@ -349,16 +254,19 @@ def read_image(file: Path, hint: str, size: tuple[int, int] | None = None) -> Im
 def decode_image(file: Path | io.BytesIO, stored: bool = False) -> Image.Image:
     """Decode a JPEG, PNG or WebP to RGB, rotated as its EXIF data say, or as `stored`.
 
-    It reads the orientation alone: Pillow's `exif_transpose` writes all other EXIF data again, and
-    fails on those of some cameras. A damaged file can raise anything.
+    A damaged file can raise anything.
     """
     with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as opened:
         if opened.mode.startswith(("I", "F")):
             raise ValueError("it has more than 8 bits a channel: convert it to 8 bits first")
         image = opened.convert("RGB")
         orientation = None if stored else opened.getexif().get(ExifTags.Base.Orientation)
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
+    if orientation:
+        # Only this one: `exif_transpose` writes all EXIF data again, and fails on some cameras'.
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        image.info = {"exif": exif.tobytes()}
+        ImageOps.exif_transpose(image, in_place=True)
     if max(image.size) > THINNEST * min(image.size):
         sizes = f"{image.width} x {image.height}"
         raise ValueError(f"it is {sizes} pixels: one side is over {THINNEST} times the other")

@@ -148,22 +148,6 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
     return rows
 
 
-def read_other(file: str, count: int) -> list[dict]:
-    """The rows of another evaluation's answers.jsonl, or none for "".
-
-    Raises UserError if they are not as many as here, `count`.
-    """
-    if not file:
-        return []
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
-    rows = read_rows(path, {"boxonly_iou", "skipped"})
-    if len(rows) != count:
-        raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
-    return rows
-
-
 def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     config = asdict(settings) | {"out": str(out), "resume": False}
     write_text(out / "config.json", json.dumps(config, indent=2))
@@ -457,8 +441,6 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
         if "giou_95" in row:  # runs of older versions have none
             spans = f"gIoU {intervals.span(row, 'giou')}, cIoU {intervals.span(row, 'ciou')}"
             print(f"{name:{width}}{spans}")
-        if "against" in row:
-            print(intervals.comparison(row["against"]))
     if "before" in results and "after" in results:
         before, after, ceiling = (results[k]["giou"] for k in ("before", "after", "ceiling"))
         closed = round(100 * (after - before) / max(ceiling - before, 1e-9))

@@ -4,7 +4,13 @@ from pathlib import Path
 
 from data import ReasonSeg, RefCOCO, Shapes
 from plumbing.errors import UserError
-from plumbing.photos import SPLITS
+
+SPLITS = {
+    "refcocog": ("train", "val", "test"),
+    "refcoco": ("train", "val", "testA", "testB"),
+    "refcoco+": ("train", "val", "testA", "testB"),
+    "reasonseg": ("train", "val", "test"),
+}
 
 
 def load_data(spec: str, split: str, samples: int = 3000):

@@ -1,16 +1,9 @@
 """vlm.py - running a Qwen-VL model: loading, chat template, image features, positions."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
@@ -18,7 +11,6 @@ from data import Sample, messages
 from plumbing import weights
 from plumbing.devices import choose_device, choose_dtype
 from plumbing.errors import UserError
-from plumbing.four_bit import four_bit, keep_gradients
 
 # Model types of Qwen2.5-VL and Qwen3-VL. Others may load, but answer in other coordinates
 # (Qwen2-VL) or in layers that ignore the attention mask of packed rows (Qwen3.5).
@@ -230,10 +222,15 @@ def load_vlm(
     device = choose_device(device)
     in_4bit = dtype == "4bit"
     dtype = choose_dtype(dtype, device, tiny=name == "tiny")
-    options = four_bit(name == "tiny", dtype, device) if in_4bit else {}
+    options = {}
+    if in_4bit:
+        from plumbing.four_bit import four_bit, keep_gradients  # only with this setting
+
+        options = four_bit(name == "tiny", dtype, device)
     processor, model = open_model(name, dtype, device, options)
+    if in_4bit:
+        keep_gradients(model)
     config = model.config
-    keep_gradients(model)
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # such small matrices are slower when threads share them
     if name == "tiny":
@@ -242,6 +239,8 @@ def load_vlm(
     if coordinates == "pixels":
         check_side(processor, config.vision_config.patch_size, side, name)
     if adapter != "none":
+        from plumbing.adapters import load_adapter  # only with this setting
+
         model = load_adapter(model, adapter)
     ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -258,76 +257,3 @@ def load_vlm(
         opening=template_end(processor),
         scaler=torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16),
     )
-
-
-def read_adapter(adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The folder of a trained adapter, and its weights. Raises UserError."""
-    flag = f"--adapter {adapter}"
-    folder = Path(adapter).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{flag}: no adapter_config.json there: name a RUN/adapter")
-    file = weights.adapter_file(folder, flag)
-    tensors = weights.read_tensors(file, flag)
-    weights.check_finite(tensors.items(), f"{flag}: {file.name}", "it is damaged: fetch it again")
-    return folder, tensors
-
-
-def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
-    """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
-    flag = f"--adapter {adapter}"
-    folder, tensors = read_adapter(adapter)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # `check_keys` reports the same
-            model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
-            # A second time, because only this returns which keys were not used.
-            keys = model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
-    except Exception as error:  # a damaged file can raise anything
-        reason = weights.unreadable(str(folder), error)
-        raise UserError(f"{flag}: it does not fit: {reason}") from error
-    config = model.active_peft_config
-    base_name = config.base_model_name_or_path
-    if config.is_prompt_learning:
-        raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
-    missing = {key.replace(".default", "") for key in keys.missing_keys}
-    expected = weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False))
-    weights.check_keys(
-        missing=missing - tensors.keys(),
-        unknown=keys.unexpected_keys,
-        sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
-        what=flag,
-        mend=f"it was trained on {base_name}: use that --vlm, or fetch it again",
-    )
-    return model
-
-
-def continue_adapter(model: PeftModel, adapter: str) -> None:
-    """Give the untrained adapter of a model the weights of a trained one, in the folder `adapter`.
-
-    Both must be LoRA of one rank on the same layers. A trained one of another scale, alpha / rank,
-    is scaled in its factor B, so that it does the same. Raises UserError if it does not fit.
-    """
-    flag = f"--adapter {adapter}"
-    folder, tensors = read_adapter(adapter)
-    try:
-        given = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
-    ours = model.active_peft_config
-    if given.peft_type != ours.peft_type:
-        raise UserError(f"{flag}: it is a {given.peft_type}, not LoRA: name another")
-    # These train other weights, or scale or start from them, so that the base model differs too.
-    plain = given.init_lora_weights in (True, False, "gaussian")
-    if given.use_rslora or given.use_dora or given.alpha_pattern or not plain:
-        raise UserError(f"{flag}: it is a variant of LoRA (adapter_config.json): name another")
-    if given.r != ours.r:
-        raise UserError(f"{flag}: its rank is {given.r}: use --lora_rank {given.r}")
-    weights.compare(
-        expected=weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False)),
-        given=weights.shapes(tensors),
-        what=flag,
-        mend=f"it was trained on {given.base_model_name_or_path}: use that --vlm, or an adapter on "
-        "all linear layers of the language model and no others",
-    )
-    scale = given.lora_alpha / ours.lora_alpha
-    scaled = {key: x * scale if ".lora_B." in key else x for key, x in tensors.items()}
-    set_peft_model_state_dict(model, scaled)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo import Completions
-from plumbing import pictures
+from plumbing import evaluation, pictures
 from plumbing.errors import UserError
 from reward import SamPrompt, score_completions
 from tools import report
@@ -124,7 +124,7 @@ def test_the_evaluation_sheet_shows_best_median_and_worst(samples, scorer):
     rows = [{"iou": iou, "box": (5.0, 5.0, 40.0, 40.0), "points": ()} for iou in ious]
     rows[3] = {"skipped": "unreadable"}
     ranked = sorted((row["iou"] for row in rows if "iou" in row), reverse=True)
-    figure = pictures.evaluation_sheet(rows, scorer, samples * 2, SamPrompt, count=2)
+    figure = evaluation.evaluation_sheet(rows, scorer, samples * 2, SamPrompt, count=2)
     picked = ("best", ranked[:2]), ("median", ranked[4:6]), ("worst", ranked[-2:])
     expected = [f"{name}: IoU {iou:.2f}" for name, part in picked for iou in part]
     assert [axes.get_title() for axes in figure.axes] == expected
