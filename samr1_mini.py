@@ -88,7 +88,7 @@ def load_trainable_policy(s: Settings) -> Policy:
     policy = load_policy(s)
     policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
     if s.adapter != "none" and not s.resume:  # a checkpoint has its own weights
-        from plumbing.adapters import continue_adapter  # only with this setting
+        from plumbing.foreign import continue_adapter  # only with this setting
 
         continue_adapter(policy.model, s.adapter)
     return policy

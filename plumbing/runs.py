@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
-from plumbing import intervals, weights
+from plumbing import intervals
 from plumbing.errors import UserError, continued_by, reason_of
 
 try:
@@ -199,8 +199,9 @@ class Checkpoint:
     def save(self, step: int, s, results: dict) -> None:
         """Write checkpoint/, adapter/ and eval.json, which holds `results`."""
         adapter = self.adapter()
-        mend = "the last checkpoint stays: lower --lr"
-        weights.check_finite(adapter.items(), f"step {step}", mend)
+        if bad := [name for name, weight in adapter.items() if not weight.isfinite().all()]:
+            reason = f"{len(bad)} weights are not finite ({bad[0]})"
+            raise UserError(f"step {step}: {reason}: the last checkpoint stays: lower --lr")
         state = {
             "step": step,
             "adapter": adapter,
@@ -225,6 +226,8 @@ class Checkpoint:
 
         Raises UserError, before anything is changed, if the adapter does not fit the model.
         """
+        from plumbing import weights  # only with --resume
+
         if not self.file.is_file():
             raise UserError(f"--resume: {self.out} has no checkpoint yet: start another run")
         # To the CPU: AdamW's step counters must stay there, or each update waits for the GPU.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -19,7 +20,6 @@ from segment_anything.modeling.image_encoder import Attention
 
 from plumbing.devices import to_device
 from plumbing.errors import UserError
-from plumbing.weights import check_finite, compare, read_tensors, shapes
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "sam.safetensors"
 
@@ -108,26 +108,26 @@ def load_sam(spec: str) -> Sam:
     """
     size, _, path = spec.partition(":")
     if size in ("sam2", "sam3"):
-        # Few runs need it, and its imports take time.
-        from plumbing.transformers_sam import load_transformers_sam
+        from plumbing.transformers_sam import load_transformers_sam  # only with this setting
 
         return load_transformers_sam(spec)
-    if size not in SAM_SIZES:
-        raise UserError(f"--sam {spec}: no SAM is called {size!r}: use {KNOWN_SAMS}")
-    if not path and size != "tiny":
-        raise UserError(f"--sam {spec}: {size} needs its checkpoint: write {size}:FILE")
-    file = Path(path or TINY).expanduser()
-    if not file.is_file():
-        raise UserError(f"--sam {spec}: there is no file {file}")
-    given = sam_weights(read_tensors(file, f"--sam {spec}"))
+    if size not in SAM_SIZES or (size != "tiny" and not path):
+        raise UserError(f"--sam {spec}: there is no such SAM: use {KNOWN_SAMS}")
+    if not path:
+        sam = build_sam(**SAM_SIZES[size])
+        sam.load_state_dict(load_file(TINY))
+        return sam
+    from plumbing import weights  # only for checkpoints, which are checked
+
+    given = sam_weights(weights.read_tensors(Path(path).expanduser(), f"--sam {spec}"))
     sam = build_sam(**SAM_SIZES[size])
-    compare(
-        expected=shapes(sam.state_dict()),
-        given=shapes(given),
+    weights.compare(
+        expected=weights.shapes(sam.state_dict()),
+        given=weights.shapes(given),
         what=f"--sam {spec}: it is not a SAM {size}",
         mend=f"name the size it belongs to: {KNOWN_SAMS}",
     )
-    check_finite(given.items(), f"--sam {spec}", "it is damaged: fetch it again")
+    weights.check_finite(given.items(), f"--sam {spec}", "it is damaged: fetch it again")
     sam.load_state_dict(given)
     return sam
 

@@ -5,17 +5,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import Sample, messages
-from plumbing import weights
 from plumbing.devices import choose_device, choose_dtype
 from plumbing.errors import UserError
 
-# Model types of Qwen2.5-VL and Qwen3-VL. Others may load, but answer in other coordinates
-# (Qwen2-VL) or in layers that ignore the attention mask of packed rows (Qwen3.5).
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-KNOWN = "use a Qwen2.5-VL or a Qwen3-VL, such as Qwen/Qwen2.5-VL-3B-Instruct"
+ATTENTION = "sdpa"  # `grpo.group_logprobs` relies on its boolean masks
 
 
 @dataclass
@@ -130,65 +126,16 @@ def template_end(processor) -> str:
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
-def check_family(config: PretrainedConfig, vlm: str) -> None:
-    """Raise UserError for a model that would be asked or trained in the wrong way."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"--vlm {vlm}: it is a {config.model_type}: {KNOWN}")
-    layers = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
-    if layers:
-        found = ", ".join(sorted(layers))
-        raise UserError(f"--vlm {vlm}: it has layers with {found}, not full attention: {KNOWN}")
-
-
-def check_processor(processor, config: PretrainedConfig, vlm: str) -> None:
-    """Raise UserError if the processor's files belong to another model."""
-    image, tokens, vision = processor.image_processor, processor.tokenizer, config.vision_config
-    of_files = image.patch_size, image.merge_size, processor.image_token_id
-    of_model = vision.patch_size, vision.spatial_merge_size, config.image_token_id
-    if of_files != of_model or len(tokens) > config.text_config.vocab_size:
-        raise UserError(
-            f"--vlm {vlm}: its processor or tokenizer is of another model (patch, merge, image "
-            f"token {of_files} in place of {of_model}, {len(tokens)} tokens): fetch all files again"
-        )
-
-
 def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, options: dict):
-    """The processor and the model that --vlm names, with all of its weights and no others.
+    """The processor and the model that --vlm names. options: of `from_pretrained`."""
+    if vlm != "tiny":
+        from plumbing.foreign import open_foreign_model  # checks what other people made
 
-    options: of `from_pretrained`. Raises UserError.
-    """
-    path, found = weights.find_model(vlm_path(vlm), f"--vlm {vlm}")
-    flag = f"--vlm {vlm}"
-    try:
-        config = AutoConfig.from_pretrained(path, **found)
-        check_family(config, vlm)
-        if quantised := getattr(config, "quantization_config", None):
-            method = quantised["quant_method"]
-            flag += f": config.json says that its weights are quantised ({method})"
-        if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
-            raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
-        processor = AutoProcessor.from_pretrained(path, **found)
-        check_processor(processor, config, vlm)
-        # `grpo.group_logprobs` relies on the boolean masks of sdpa.
-        options = {"dtype": dtype, "attn_implementation": "sdpa", **found, **options}
-        model = weights.load_model(
-            kind=AutoModelForImageTextToText,
-            path=path,
-            flag=flag,
-            mend="fetch all files of its folder again",
-            unknown=False,
-            options=options,
-        ).to(device)
-        template_end(processor)  # raises an error without a chat template
-    except UserError:
-        raise
-    except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(path, error)}") from error
-    mend = "its file is damaged: fetch it again"
-    if model.dtype == torch.float16:
-        mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"
-    weights.check_finite(model.named_parameters(), f"{flag} in {model.dtype}", mend)
-    return processor, model
+        return open_foreign_model(vlm, dtype, device, options)
+    path = vlm_path(vlm)
+    options = {"dtype": dtype, "attn_implementation": ATTENTION, **options}
+    model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device)
+    return AutoProcessor.from_pretrained(path), model
 
 
 def check_side(processor, patch: int, side: int, vlm: str) -> None:
@@ -239,7 +186,7 @@ def load_vlm(
     if coordinates == "pixels":
         check_side(processor, config.vision_config.patch_size, side, name)
     if adapter != "none":
-        from plumbing.adapters import load_adapter  # only with this setting
+        from plumbing.foreign import load_adapter  # only with this setting
 
         model = load_adapter(model, adapter)
     ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import samr1_mini
 from examples import trl_grpo
 from plumbing import runs, sam, weights
-from plumbing.adapters import continue_adapter, load_adapter
 from plumbing.errors import UserError
+from plumbing.foreign import continue_adapter, load_adapter
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.vlm import load_vlm, vlm_path
 from tools import merge

@@ -16,12 +16,13 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from grpo import LOGITS_AT_ONCE
 from plumbing.devices import named_device
 from plumbing.errors import UserError, exit_with_one_line
+from plumbing.foreign import check_family
 from plumbing.four_bit import check_widths
 from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
 from plumbing.settings import Settings, parse, rollout_prompts
 from plumbing.sources import check_spec
 from plumbing.transformers_sam import FAMILIES, open_config
-from plumbing.vlm import check_family, vlm_path
+from plumbing.vlm import vlm_path
 from reward import DECODER_BYTES
 from samr1_mini import LORA_TARGETS
 from tools.published import published_config

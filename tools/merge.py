@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from plumbing.adapters import load_adapter
 from plumbing.errors import UserError, exit_with_one_line, reason_of
+from plumbing.foreign import load_adapter
 from plumbing.runs import share_weights
 from plumbing.vlm import open_model
 
