@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from plumbing import weights
 from plumbing.errors import UserError
-from plumbing.vlm import ATTENTION, template_end, vlm_path
 
 # Model types of Qwen2.5-VL and Qwen3-VL. Others may load, but answer in other coordinates
 # (Qwen2-VL) or in layers that ignore the attention mask of packed rows (Qwen3.5).
@@ -46,14 +45,12 @@ def check_processor(processor, config: PretrainedConfig, vlm: str) -> None:
         )
 
 
-def open_foreign_model(
-    vlm: str, dtype: torch.dtype | str, device: torch.device | str, options: dict
-):
+def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
     """The processor and the model that --vlm names, with all of its weights and no others.
 
     options: of `from_pretrained`. Raises UserError.
     """
-    path, found = weights.find_model(vlm_path(vlm), f"--vlm {vlm}")
+    path, found = weights.find_model(vlm, f"--vlm {vlm}")
     flag = f"--vlm {vlm}"
     try:
         config = AutoConfig.from_pretrained(path, **found)
@@ -65,16 +62,14 @@ def open_foreign_model(
             raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
         processor = AutoProcessor.from_pretrained(path, **found)
         check_processor(processor, config, vlm)
-        options = {"dtype": dtype, "attn_implementation": ATTENTION, **found, **options}
         model = weights.load_model(
             kind=AutoModelForImageTextToText,
             path=path,
             flag=flag,
             mend="fetch all files of its folder again",
             unknown=False,
-            options=options,
+            options=found | options,
         ).to(device)
-        template_end(processor)  # raises an error without a chat template
     except UserError:
         raise
     except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything

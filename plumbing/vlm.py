@@ -9,9 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import Sample, messages
 from plumbing.devices import choose_device, choose_dtype
-from plumbing.errors import UserError
-
-ATTENTION = "sdpa"  # `grpo.group_logprobs` relies on its boolean masks
+from plumbing.errors import UserError, reason_of
 
 
 @dataclass
@@ -114,26 +112,32 @@ def vlm_path(name: str) -> str:
     return str(Path(__file__).resolve().parent.parent / "tiny" / "vlm") if name == "tiny" else name
 
 
-def template_end(processor) -> str:
+def template_end(processor, vlm: str) -> str:
     """What the chat template writes of a completion: "<think>" for a thinking model, or "".
 
-    Raises ValueError if it leaves the image out, as that of a language model does.
+    Raises UserError if there is none, or if it leaves the image out, as that of a language model.
     """
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    try:
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a damaged template can raise anything
+        reason = f"its chat template cannot be used ({reason_of(error)})"
+        raise UserError(f"--vlm {vlm}: {reason}: fetch it again") from error
     if processor.image_token not in text:
-        raise ValueError("its chat template leaves the image out: fetch the files of a VLM")
+        reason = "its chat template leaves the image out"
+        raise UserError(f"--vlm {vlm}: {reason}: fetch the files of a VLM")
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
 def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, options: dict):
     """The processor and the model that --vlm names. options: of `from_pretrained`."""
+    # `grpo.group_logprobs` relies on the boolean masks of sdpa.
+    options = {"dtype": dtype, "attn_implementation": "sdpa", **options}
     if vlm != "tiny":
         from plumbing.foreign import open_foreign_model  # checks what other people made
 
-        return open_foreign_model(vlm, dtype, device, options)
+        return open_foreign_model(vlm, device, options)
     path = vlm_path(vlm)
-    options = {"dtype": dtype, "attn_implementation": ATTENTION, **options}
     model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device)
     return AutoProcessor.from_pretrained(path), model
 
@@ -201,6 +205,6 @@ def load_vlm(
         coordinates=coordinates,
         end=torch.tensor([ends] if isinstance(ends, int) else ends, device=device),
         banned=torch.tensor([getattr(config, token) for token in names], device=device),
-        opening=template_end(processor),
+        opening=template_end(processor, name),
         scaler=torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16),
     )
