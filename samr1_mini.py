@@ -390,7 +390,7 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
                 row[prefix + name] = getattr(overlap, name)[b, k].item()
         rows.append(row)
     if hasattr(s, "protocol"):
-        from plumbing import evaluation  # only `eval`
+        from plumbing import evaluation  # not for training
 
         for row, masks, one, answer in zip(rows, overlap.masks, batch, answers, strict=True):
             readable = evaluation.is_readable(answer, policy.prompt)
@@ -464,7 +464,7 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 
 def evaluate_adapter(s) -> None:
     """Compute the metrics of an adapter, or of the base model, on a data set."""
-    from plumbing import evaluation  # only this command
+    from plumbing import evaluation  # not for training
 
     heldout = load_data(s.data, "heldout")
     count = min(s.limit or (256 if s.data == "shapes" else len(heldout)), len(heldout))
@@ -473,7 +473,7 @@ def evaluate_adapter(s) -> None:
     scorer = load_scorer(s, policy.device)
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
-    done = runs.start_answers(out, s, count)
+    done = evaluation.start_answers(out, s, count)
     with continued_by(runs.resume_command("eval", out)):
         log = out / "answers.jsonl"
         rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)
@@ -490,7 +490,7 @@ def evaluate_adapter(s) -> None:
 
 def segment(s) -> None:
     """Segment what a query refers to in one picture. Prints JSON and draws the answer."""
-    from plumbing import photos  # only this command
+    from plumbing import evaluation, photos  # not for training
 
     query = photos.check_query(s.query)
     image = photos.read_picture(s.image)
@@ -511,7 +511,7 @@ def segment(s) -> None:
     answer = scores.answers[0][0]
     prompt = scores.prompts[0][0]
     mask = scores.overlap.masks[0][0].cpu().numpy()
-    figure = pictures.found(image, query, mask, prompt, answer.thought or texts[0][0])
+    figure = evaluation.found(image, query, mask, prompt, answer.thought or texts[0][0])
     runs.save_figure(figure, out)
     said = {"query": query, "bbox": prompt.box, "points": prompt.points}
     said |= {"mask_pixels": int(mask.sum()), "thought": answer.thought, "completion": texts[0][0]}

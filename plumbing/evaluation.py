@@ -1,4 +1,4 @@
-"""evaluation.py - what only `samr1_mini.py eval` does: protocols, --against, the sheet of answers.
+"""evaluation.py - what only `eval` and `segment` do: protocols, --against, figures of answers.
 
 There are two protocols to count an evaluation. The mask of an answer is the same under both:
 
@@ -16,17 +16,20 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from plumbing import pictures
 from plumbing.answers import points_asked
 from plumbing.errors import UserError
 from plumbing.intervals import PREFIXES, bootstrap, counts_of, giou_and_ciou, span
-from plumbing.runs import read_rows
+from plumbing.runs import read_rows, start_log
 
 PROTOCOLS = {
     "lisa": "ignored pixels are left out, an empty union has IoU 1",
     "segzero": "ignored pixels are target, an unreadable answer has IoU 0",
 }
+
+TALLEST = 4  # height over width of `found`; drawing one of 200 x the width would take 12 GiB
 
 # --------------------------------------------------------------------------------------------------
 # Protocols
@@ -140,8 +143,21 @@ def paper_results(spec: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# --against: another evaluation of the same samples
+# Answers that are there already: of an interrupted evaluation, and of another one (--against)
 # --------------------------------------------------------------------------------------------------
+
+
+def start_answers(out: Path, settings, count: int) -> list[dict]:
+    """Write config.json, and return the answers that an interrupted evaluation has written.
+
+    Raises UserError if they are more than the `count` that `settings` ask for.
+    """
+    keys = {"boxonly_iou", "skipped"}
+    rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
+    if len(rows) > count:
+        raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
+    start_log(out, settings, "answers.jsonl", rows)
+    return rows
 
 
 def read_other(file: str, count: int) -> list[dict]:
@@ -182,7 +198,7 @@ def compare(rows: list[dict], other: list[dict], protocol: str, file: str) -> di
 
 
 # --------------------------------------------------------------------------------------------------
-# The sheet of answers
+# Figures of answers
 # --------------------------------------------------------------------------------------------------
 
 
@@ -219,4 +235,15 @@ def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int 
             pictures.write_title(axes, f"{title}: IoU {rows[k]['iou']:.2f}")
             pictures.write_below(axes, pictures.printable_query(one.query, 160, 38))
     pictures.draw_legend(figure)
+    return figure
+
+
+def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
+    """One picture with the mask of a query (H, W) bool, the prompt, and the policy's reasoning."""
+    size = (7, 7 * min(image.height / image.width, TALLEST) + 1.2)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.subplots()
+    pictures.draw_answer(axes, image, mask, prompt)
+    pictures.write_title(axes, pictures.printable_query(query, 240, 60), size=12)
+    pictures.write_below(axes, pictures.fold(said, 800, 90))
     return figure

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
 from plumbing import weights
-from plumbing.errors import UserError
+from plumbing.errors import UserError, refusing
 
 # Model types of Qwen2.5-VL and Qwen3-VL. Others may load, but answer in other coordinates
 # (Qwen2-VL) or in layers that ignore the attention mask of packed rows (Qwen3.5).
@@ -33,18 +33,6 @@ def check_family(config: PretrainedConfig, vlm: str) -> None:
         raise UserError(f"--vlm {vlm}: it has layers with {found}, not full attention: {KNOWN}")
 
 
-def check_processor(processor, config: PretrainedConfig, vlm: str) -> None:
-    """Raise UserError if the processor's files belong to another model."""
-    image, tokens, vision = processor.image_processor, processor.tokenizer, config.vision_config
-    of_files = image.patch_size, image.merge_size, processor.image_token_id
-    of_model = vision.patch_size, vision.spatial_merge_size, config.image_token_id
-    if of_files != of_model or len(tokens) > config.text_config.vocab_size:
-        raise UserError(
-            f"--vlm {vlm}: its processor or tokenizer is of another model (patch, merge, image "
-            f"token {of_files} in place of {of_model}, {len(tokens)} tokens): fetch all files again"
-        )
-
-
 def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
     """The processor and the model that --vlm names, with all of its weights and no others.
 
@@ -52,7 +40,7 @@ def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
     """
     path, found = weights.find_model(vlm, f"--vlm {vlm}")
     flag = f"--vlm {vlm}"
-    try:
+    with refusing(lambda error: f"{flag}: {weights.unreadable(path, error)}"):
         config = AutoConfig.from_pretrained(path, **found)
         check_family(config, vlm)
         if quantised := getattr(config, "quantization_config", None):
@@ -61,7 +49,6 @@ def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
         if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
             raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
         processor = AutoProcessor.from_pretrained(path, **found)
-        check_processor(processor, config, vlm)
         model = weights.load_model(
             kind=AutoModelForImageTextToText,
             path=path,
@@ -70,10 +57,6 @@ def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
             unknown=False,
             options=found | options,
         ).to(device)
-    except UserError:
-        raise
-    except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(path, error)}") from error
     mend = "its file is damaged: fetch it again"
     if model.dtype == torch.float16:
         mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"

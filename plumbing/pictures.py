@@ -41,7 +41,6 @@ PANELS = {  # of `curves`: title and metrics
 }
 NUMBERS = ("reward", "accuracy", "think_format", "answer_format", "iou")
 LONGEST_SIDE = 640  # pixels; recorded pictures are scaled down to this
-TALLEST = 4  # height over width of `found`; drawing one of 200 x the width would take 12 GiB
 PHOTOGRAPH = 256  # pixels; a picture with a longer side is stored as a JPEG, any other as a PNG
 
 # ----------------------------------------------------------------------------------------------
@@ -135,7 +134,12 @@ def printable_query(query: str, characters: int, width: int) -> str:
     """The first characters of a query in lines of this width, or a note if no font has it."""
     if not all(font_of(c) for c in query if c.isprintable()):
         query = "(query in characters that no installed font has)"
-    return textwrap.fill(printable(query)[:characters], line_length(query, width))
+    return fold(query, characters, width)
+
+
+def fold(text: str, characters: int, width: int) -> str:
+    """The first characters of a text in lines of this width."""
+    return textwrap.fill(printable(text)[:characters], line_length(text, width))
 
 
 def line_length(text: str, width: int) -> int:
@@ -218,17 +222,6 @@ def groups(batch: list, texts: list[list[str]], scores, columns: int = 4) -> Fig
         for axes in [*group[1:, 0], *cells[G:]]:
             axes.set_axis_off()
     draw_legend(figure)
-    return figure
-
-
-def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
-    """One picture with the mask of a query (H, W) bool, the prompt, and the policy's reasoning."""
-    size = (7, 7 * min(image.height / image.width, TALLEST) + 1.2)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots()
-    draw_answer(axes, image, mask, prompt)
-    write_title(axes, printable_query(query, 240, 60), size=12)
-    write_below(axes, textwrap.fill(printable(said)[:800], line_length(said, 90)))
     return figure
 
 

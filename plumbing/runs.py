@@ -5,6 +5,7 @@ in the folder can be read.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from data import BadSample, Sample
 from plumbing import intervals
-from plumbing.errors import UserError, continued_by, reason_of
+from plumbing.errors import UserError, continued_by, reason_of, refusing
 
 try:
     import resource  # peak memory of the process
@@ -53,9 +54,7 @@ def writing(path: Path):
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
             raise
-        mend = (
-            "make room, or name a place that you may write to; a checkpoint goes on with --resume"
-        )
+        mend = "make room, or name a place that you may write to; checkpoints go on with --resume"
         raise UserError(f"{path} cannot be written ({reason_of(error)}): {mend}") from error
 
 
@@ -100,21 +99,16 @@ def open_run(s, name: str) -> Path:
 
     A new run takes an empty folder only, so it deletes nothing.
     """
-    number = 1
-    out = Path(s.out or name).expanduser()
-    while not s.out and out.exists():
-        number += 1
-        out = Path(f"{name}-{number}")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if not s.resume and any(file.name != LOCK for file in out.iterdir()):
-        raise UserError(
-            f"--out {out}: it is not empty: name another folder, delete it, or continue the run "
-            "in it with --resume"
-        )
-    lock = FileLock((out / LOCK).resolve(), is_singleton=True)  # this process may open it again
+    free = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    out = Path(s.out).expanduser() if s.out else next(path for path in free if not path.exists())
     try:
         with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            if not s.resume and any(file.name != LOCK for file in out.iterdir()):
+                mend = "name another folder, delete it, or continue the run in it with --resume"
+                raise UserError(f"--out {out}: it is not empty: {mend}")
+            # A singleton, because this process may open the folder again.
+            lock = FileLock((out / LOCK).resolve(), is_singleton=True)
             lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"--out {out}: another process is writing to it") from error
@@ -132,19 +126,6 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
         raise UserError(f"--steps {settings.steps}: {out} has done {steps} already: name as many")
     rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
-    return rows
-
-
-def start_answers(out: Path, settings, count: int) -> list[dict]:
-    """Write config.json, and return the answers that an interrupted evaluation has written.
-
-    Raises UserError if they are more than the `count` that `settings` ask for.
-    """
-    keys = {"boxonly_iou", "skipped"}
-    rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
-    if len(rows) > count:
-        raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
-    start_log(out, settings, "answers.jsonl", rows)
     return rows
 
 
@@ -232,25 +213,21 @@ class Checkpoint:
             raise UserError(f"--resume: {self.out} has no checkpoint yet: start another run")
         # To the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
         state = weights.read_tensors(self.file, "--resume")
-        try:
+        what = f"--resume: {self.file}"
+        unfit = "it does not fit this model and these settings"
+        with refusing(lambda error: f"{what}: {unfit} ({reason_of(error)}): start another run"):
             weights.compare(
                 expected=weights.shapes(self.adapter()),
                 given=weights.shapes(state["adapter"]),
-                what=f"--resume: the adapter in {self.file}",
+                what=what,
                 mend="use the --vlm and the versions of peft and transformers that wrote it",
             )
-            what = f"--resume: {self.file}"
             weights.check_finite(state["adapter"].items(), what, "start another run")
             set_peft_model_state_dict(self.model, state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             if state.get("scaler"):  # older checkpoints have none
                 self.scaler.load_state_dict(state["scaler"])
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file can raise anything
-            reason = f"does not fit this model and these settings ({reason_of(error)})"
-            raise UserError(f"--resume: {self.file} {reason}: start another run") from error
         state["results"].pop("after", None)
         return state["step"], state["results"]
 

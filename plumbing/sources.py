@@ -33,7 +33,10 @@ def load_data(spec: str, split: str, samples: int = 3000):
             from plumbing.hub import open_hub  # few runs need it, and its imports take time
 
             return open_hub(spec.removeprefix("hub:"), split, samples)
-        return open_folder(spec, split, samples)
+        name, root, part = place_of(spec, split)
+        if name == "reasonseg":
+            return ReasonSeg(root, part)
+        return RefCOCO(name, root, part, samples if split == "train" else None)
     except UserError as error:
         raise UserError(f"--data {spec}: {error}") from error
 
@@ -46,14 +49,6 @@ def check_spec(spec: str) -> None:
             place_of(spec, "train")
         except UserError as error:
             raise UserError(f"--data {spec}: {error}") from error
-
-
-def open_folder(spec: str, split: str, samples: int) -> RefCOCO | ReasonSeg:
-    """Open NAME:ROOT or NAME:ROOT/SPLIT, see `load_data`."""
-    name, root, part = place_of(spec, split)
-    if name == "reasonseg":
-        return ReasonSeg(root, part)
-    return RefCOCO(name, root, part, samples if split == "train" else None)
 
 
 def place_of(spec: str, split: str) -> tuple[str, Path, str]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import Sample, messages
 from plumbing.devices import choose_device, choose_dtype
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, reason_of, refusing
 
 
 @dataclass
@@ -118,11 +118,9 @@ def template_end(processor, vlm: str) -> str:
     Raises UserError if there is none, or if it leaves the image out, as that of a language model.
     """
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-    try:
+    unfit = f"--vlm {vlm}: its chat template cannot be used"
+    with refusing(lambda error: f"{unfit} ({reason_of(error)}): fetch it again"):
         text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a damaged template can raise anything
-        reason = f"its chat template cannot be used ({reason_of(error)})"
-        raise UserError(f"--vlm {vlm}: {reason}: fetch it again") from error
     if processor.image_token not in text:
         reason = "its chat template leaves the image out"
         raise UserError(f"--vlm {vlm}: {reason}: fetch the files of a VLM")

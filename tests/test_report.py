@@ -161,7 +161,7 @@ def test_other_scripts_have_their_font_or_a_note(installed, samples, rolled, tmp
     fontManager.addfont(font)
     pictures.font_of.cache_clear()
     mask = rolled.scores.overlap.masks[0][0].numpy()
-    figure = pictures.found(
+    figure = evaluation.found(
         samples[0].image, "红色的圆形 A", mask, rolled.scores.prompts[0][0], "红 B"
     )
     pixels_of(figure)
@@ -182,7 +182,7 @@ def test_pictures_of_any_shape_are_drawn_with_any_text(size):
     mask = np.ones(size[::-1], bool)
     prompt = SamPrompt((0, 0, 1, 1), ((1, 1),))
     assert max(pictures.answer_picture(image, mask, prompt, mask).size) == 320
-    figure = pictures.found(image, "is it $5 or $6?", mask, prompt, "$x_")
+    figure = evaluation.found(image, "is it $5 or $6?", mask, prompt, "$x_")
     width, height = figure.get_size_inches()
     assert figure.axes[0].get_title() == "is it $5 or $6?" and width == 7 and height <= 30
     assert pixels_of(figure).any()
