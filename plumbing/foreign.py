@@ -1,13 +1,15 @@
-"""foreign.py - open a VLM, and put an adapter on it, that other people made: --vlm, --adapter.
+"""foreign.py - open what other people made: --vlm, --adapter, and the checkpoint of a SAM 1.
 
 What does not fit is refused, see plumbing/weights.py.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from segment_anything.modeling import Sam
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
 from plumbing import weights
@@ -140,3 +142,48 @@ def continue_adapter(model: PeftModel, adapter: str) -> None:
     scale = given.lora_alpha / ours.lora_alpha
     scaled = {key: x * scale if ".lora_B." in key else x for key, x in tensors.items()}
     set_peft_model_state_dict(model, scaled)
+
+
+# --------------------------------------------------------------------------------------------------
+# --sam
+# --------------------------------------------------------------------------------------------------
+
+
+def load_sam_checkpoint(build: Callable[[], Sam], spec: str, known: str) -> Sam:
+    """The SAM 1 that `build` makes, with all of its weights from a checkpoint. Raises UserError.
+
+    spec: SIZE:FILE, as in --sam. known: what that flag takes, for the error message.
+    """
+    size, _, path = spec.partition(":")
+    given = sam_weights(weights.read_tensors(Path(path).expanduser(), f"--sam {spec}"))
+    sam = build()
+    weights.compare(
+        expected=weights.shapes(sam.state_dict()),
+        given=weights.shapes(given),
+        what=f"--sam {spec}: it is not a SAM {size}",
+        mend=f"name the size it belongs to: {known}",
+    )
+    weights.check_finite(given.items(), f"--sam {spec}", "it is damaged: fetch it again")
+    sam.load_state_dict(given)
+    return sam
+
+
+def sam_weights(held: dict) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of SAM 1, under the names of `segment_anything`.
+
+    Training programs put them beside other things, and wrappers put a prefix before each name.
+
+    >>> list(sam_weights({"epoch": 3, "model": {"module.neck": torch.ones(1)}}))
+    ['neck']
+    """
+    wrappers = ("state_dict", "model_state_dict", "model")
+    while inside := [held[name] for name in wrappers if isinstance(held.get(name), dict)]:
+        held = inside[0]
+    for prefix in ("_orig_mod.", "module.", "model."):
+        if all(str(key).startswith(prefix) for key in held):
+            held = {key.removeprefix(prefix): tensor for key, tensor in held.items()}
+    return {
+        key: tensor
+        for key, tensor in held.items()
+        if isinstance(tensor, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
+    }

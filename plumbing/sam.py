@@ -113,44 +113,14 @@ def load_sam(spec: str) -> Sam:
         return load_transformers_sam(spec)
     if size not in SAM_SIZES or (size != "tiny" and not path):
         raise UserError(f"--sam {spec}: there is no such SAM: use {KNOWN_SAMS}")
-    if not path:
-        sam = build_sam(**SAM_SIZES[size])
-        sam.load_state_dict(load_file(TINY))
-        return sam
-    from plumbing import weights  # only for checkpoints, which are checked
+    build = partial(build_sam, **SAM_SIZES[size])
+    if path:
+        from plumbing.foreign import load_sam_checkpoint  # checks what other people made
 
-    given = sam_weights(weights.read_tensors(Path(path).expanduser(), f"--sam {spec}"))
-    sam = build_sam(**SAM_SIZES[size])
-    weights.compare(
-        expected=weights.shapes(sam.state_dict()),
-        given=weights.shapes(given),
-        what=f"--sam {spec}: it is not a SAM {size}",
-        mend=f"name the size it belongs to: {KNOWN_SAMS}",
-    )
-    weights.check_finite(given.items(), f"--sam {spec}", "it is damaged: fetch it again")
-    sam.load_state_dict(given)
+        return load_sam_checkpoint(build, spec, KNOWN_SAMS)
+    sam = build()
+    sam.load_state_dict(load_file(TINY))
     return sam
-
-
-def sam_weights(held: dict) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint of SAM 1, under the names of `segment_anything`.
-
-    Training programs put them beside other things, and wrappers put a prefix before each name.
-
-    >>> list(sam_weights({"epoch": 3, "model": {"module.neck": torch.ones(1)}}))
-    ['neck']
-    """
-    wrappers = ("state_dict", "model_state_dict", "model")
-    while inside := [held[name] for name in wrappers if isinstance(held.get(name), dict)]:
-        held = inside[0]
-    for prefix in ("_orig_mod.", "module.", "model."):
-        if all(str(key).startswith(prefix) for key in held):
-            held = {key.removeprefix(prefix): tensor for key, tensor in held.items()}
-    return {
-        key: tensor
-        for key, tensor in held.items()
-        if isinstance(tensor, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
-    }
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import samr1_mini
 from examples import trl_grpo
-from plumbing import runs, sam, weights
+from plumbing import foreign, runs, weights
 from plumbing.errors import UserError
 from plumbing.foreign import continue_adapter, load_adapter
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
@@ -81,7 +81,7 @@ def old_names(held: dict) -> dict:
     return {key.replace("model.language_model.layers", "model.layers"): held[key] for key in held}
 
 
-@pytest.mark.parametrize("module", [weights, sam])
+@pytest.mark.parametrize("module", [weights, foreign])
 def test_docstring_examples(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed
