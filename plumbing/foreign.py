@@ -35,6 +35,18 @@ def check_family(config: PretrainedConfig, vlm: str) -> None:
         raise UserError(f"--vlm {vlm}: it has layers with {found}, not full attention: {KNOWN}")
 
 
+def check_processor(processor, config: PretrainedConfig, vlm: str) -> None:
+    """Raise UserError if the processor's files belong to another model."""
+    image, tokens, vision = processor.image_processor, processor.tokenizer, config.vision_config
+    of_files = image.patch_size, image.merge_size, processor.image_token_id
+    of_model = vision.patch_size, vision.spatial_merge_size, config.image_token_id
+    if of_files != of_model or len(tokens) > config.text_config.vocab_size:
+        raise UserError(
+            f"--vlm {vlm}: its processor or tokenizer is of another model (patch, merge, image "
+            f"token {of_files} in place of {of_model}, {len(tokens)} tokens): fetch all files again"
+        )
+
+
 def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
     """The processor and the model that --vlm names, with all of its weights and no others.
 
@@ -51,6 +63,7 @@ def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
         if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
             raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
         processor = AutoProcessor.from_pretrained(path, **found)
+        check_processor(processor, config, vlm)
         model = weights.load_model(
             kind=AutoModelForImageTextToText,
             path=path,

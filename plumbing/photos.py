@@ -87,15 +87,22 @@ def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
 def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
     """As `read_instances`. changed: when the file was written, so a new version is read again."""
     instances = json.loads(file.read_bytes())
-    images = {
-        one["id"]: (one["file_name"], (one["width"], one["height"])) for one in instances["images"]
-    }
-    if any(os.path.basename(name) != name for name, _ in images.values()):
-        raise ValueError("a file_name in it is a path")  # tools.fetch writes files of these names
-    annotations = {
-        one["id"]: (one["image_id"], one.get("segmentation")) for one in instances["annotations"]
-    }
+    images = {}
+    for one in instances["images"]:
+        name = one["file_name"]
+        if os.path.basename(name) != name:  # tools.fetch writes files of these names
+            raise ValueError("a file_name in it is a path")
+        add_once(images, one["id"], (name, (one["width"], one["height"])))
+    annotations = {}
+    for one in instances["annotations"]:
+        add_once(annotations, one["id"], (one["image_id"], one.get("segmentation")))
     return images, annotations
+
+
+def add_once(entries: dict, key: int, entry: tuple) -> None:
+    """Add an entry under its id. Raises ValueError if another one has the same id."""
+    if entries.setdefault(key, entry) != entry:
+        raise ValueError(f"two entries have the id {key}: an expression may get the wrong mask")
 
 
 # --------------------------------------------------------------------------------------------------

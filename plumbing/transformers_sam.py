@@ -156,6 +156,13 @@ def load_transformers_sam(spec: str) -> TransformersSam:
             options={"config": config, "dtype": torch.float32, **options},
         )
     weights.check_finite(model.state_dict().items(), flag, "its file is damaged: fetch it again")
+    side = config.prompt_encoder_config.image_size
+    size = processor.size
+    if {size.height, size.width} != {side}:
+        raise UserError(
+            f"{flag}: it takes images of {side} x {side} pixels, but its "
+            f"preprocessor_config.json says {size.width} x {size.height}: fetch it again"
+        )
     return TransformersSam(model, processor).eval().requires_grad_(False)
 
 

@@ -281,6 +281,9 @@ def test_ids_that_join_a_sentence_to_the_mask_of_another_are_refused(tmp_path):
             if "-700-" in one.id:
                 reasons.append(error_of(dataset.__getitem__, k, kind=BadSample))
     assert reasons and all("its mask is of another image" in text for text in reasons)
+    made.instances["annotations"].append(last | {"segmentation": first["segmentation"]})
+    file.write_text(json.dumps(made.instances))
+    assert f"two entries have the id {last['id']}" in error_of(RefCOCO, "refcocog", tmp_path, "val")
 
 
 def test_a_sentence_that_the_policy_cannot_be_asked_is_a_bad_sample(tmp_path):

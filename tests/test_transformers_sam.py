@@ -323,6 +323,7 @@ def test_the_older_file_of_the_preprocessor_is_read(name, folder, tmp_path):
         ("model.safetensors", "cut short", "model.safetensors is damaged or truncated"),
         ("model.safetensors", "not finite", "1 weights are not finite"),
         ("model.safetensors", "pointer", "model.safetensors is a git-lfs pointer"),
+        ("processor_config.json", "another square", "preprocessor_config.json says 96 x 96"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
@@ -339,8 +340,10 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
         weights = load_file(broken / file)
         weights[min(weights)] /= 0
         save_file(weights, broken / file, {"format": "pt"})
-    else:
+    elif wrong == "pointer":
         (broken / file).write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        (broken / file).write_text((broken / file).read_text().replace(str(SIDE), "96"))
     with pytest.raises(UserError, match=f"^--sam {name}:{broken}: .*{message}.*$"):
         load_sam(f"{name}:{broken}")
 

@@ -129,8 +129,10 @@ def test_a_model_that_is_not_whole_is_refused(name, change, message, vlm):
         ("config.json", ["model_type"], "llava", "it is a llava: use"),
         ("config.json", ["text_config", "layer_types", 0], "linear_attention", "linear_attention"),
         ("config.json", ["text_config", "num_hidden_layers"], 2, "layer"),
+        ("config.json", ["image_token_id"], 6, "of another model"),
         ("config.json", ["quantization_config"], {"quant_method": "awq", "bits": 4}, "(awq)"),
         ("config.json", ["auto_map"], {"AutoConfig": "own.Config"}, ""),
+        ("processor_config.json", ["image_processor", "patch_size"], 14, "of another model"),
     ],
 )
 def test_a_model_that_would_be_used_wrongly_is_refused(file, path, value, message, vlm, tmp_path):
