@@ -9,13 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
+from segment_anything import modeling
 from segment_anything.modeling.image_encoder import Attention
 
 from plumbing.devices import to_device
@@ -31,18 +25,10 @@ SAM_SIZES = {
     "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
     "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
     "tiny": dict(
-        width=96,
-        depth=3,
-        heads=4,
-        global_blocks=(1, 2),
-        image_size=128,
-        patch=8,
-        window=8,
-        prompt_width=64,
-        mlp=128,
-        decoder_heads=4,
+        width=96, depth=3, heads=4, global_blocks=(1, 2), image_size=128, patch=8, window=8,
+        prompt_width=64, mlp=128, decoder_heads=4,
     ),
-}
+}  # fmt: skip
 KNOWN_SAMS = "tiny, vit_b:FILE, vit_l:FILE, vit_h:FILE, sam2:MODEL or sam3:MODEL"
 
 
@@ -57,14 +43,14 @@ def build_sam(
     prompt_width: int = 256,
     mlp: int = 2048,
     decoder_heads: int = 8,
-) -> Sam:
+) -> modeling.Sam:
     """A frozen `segment_anything` model with random weights.
 
     The package's own builder fixes all but the first four of these numbers.
     """
     grid = (image_size // patch, image_size // patch)
-    sam = Sam(
-        ImageEncoderViT(
+    sam = modeling.Sam(
+        modeling.ImageEncoderViT(
             img_size=image_size,
             patch_size=patch,
             embed_dim=width,
@@ -77,14 +63,14 @@ def build_sam(
             qkv_bias=True,
             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
         ),
-        PromptEncoder(
+        modeling.PromptEncoder(
             prompt_width,
             image_embedding_size=grid,
             input_image_size=(image_size, image_size),
             mask_in_chans=16,
         ),
-        MaskDecoder(
-            transformer=TwoWayTransformer(
+        modeling.MaskDecoder(
+            transformer=modeling.TwoWayTransformer(
                 depth=2, embedding_dim=prompt_width, mlp_dim=mlp, num_heads=decoder_heads
             ),
             transformer_dim=prompt_width,
@@ -98,7 +84,7 @@ def build_sam(
     return sam.eval().requires_grad_(False)
 
 
-def load_sam(spec: str) -> Sam:
+def load_sam(spec: str) -> modeling.Sam:
     """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU.
 
     spec: "tiny" (part of this repository), or "vit_b:FILE", "vit_l:FILE", "vit_h:FILE" with an

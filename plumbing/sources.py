@@ -41,16 +41,6 @@ def load_data(spec: str, split: str, samples: int = 3000):
         raise UserError(f"--data {spec}: {error}") from error
 
 
-def check_spec(spec: str) -> None:
-    """Raise UserError if `--data` cannot be trained on, whatever files there are."""
-    name, _, path = spec.partition(":")
-    if spec != "shapes" and not (name == "hub" and path):
-        try:
-            place_of(spec, "train")
-        except UserError as error:
-            raise UserError(f"--data {spec}: {error}") from error
-
-
 def place_of(spec: str, split: str) -> tuple[str, Path, str]:
     """The name, the root folder and the split of NAME:ROOT or NAME:ROOT/SPLIT."""
     name, _, path = spec.partition(":")

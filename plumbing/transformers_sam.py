@@ -9,17 +9,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import transformers
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    Sam2Config,
-    Sam2ImageProcessor,
-    Sam2Model,
-    Sam3ImageProcessor,
-    Sam3TrackerConfig,
-    Sam3TrackerModel,
-)
 
 from plumbing import weights
 from plumbing.errors import UserError, refusing
@@ -37,16 +28,16 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "sam2": Family(
-        model=Sam2Model,
-        config=Sam2Config,
-        image_processor=Sam2ImageProcessor,
+        model=transformers.Sam2Model,
+        config=transformers.Sam2Config,
+        image_processor=transformers.Sam2ImageProcessor,
         model_types=("sam2", "sam2_video"),
         example="facebook/sam2-hiera-large",
     ),
     "sam3": Family(
-        model=Sam3TrackerModel,
-        config=Sam3TrackerConfig,
-        image_processor=Sam3ImageProcessor,
+        model=transformers.Sam3TrackerModel,
+        config=transformers.Sam3TrackerConfig,
+        image_processor=transformers.Sam3ImageProcessor,
         model_types=("sam3_tracker", "sam3_tracker_video", "sam3_video"),
         example="facebook/sam3",
     ),
@@ -63,7 +54,9 @@ class TransformersSam(torch.nn.Module):
 
     mask_threshold = 0.0  # of the logits, as in `post_process_masks` of the image processors
 
-    def __init__(self, model: Sam2Model | Sam3TrackerModel, image_processor):
+    def __init__(
+        self, model: transformers.Sam2Model | transformers.Sam3TrackerModel, image_processor
+    ):
         """The model is not a base class: transformers converts the names of the weights in the
         hub's folder of SAM 3 for its own classes only."""
         super().__init__()
@@ -102,7 +95,7 @@ class TransformersSam(torch.nn.Module):
         return resize([logits[None]], [size], binarize=False)[0][0]
 
 
-def open_config(spec: str) -> tuple[PreTrainedConfig, str, dict]:
+def open_config(spec: str) -> tuple[transformers.PreTrainedConfig, str, dict]:
     """The config of a model; the folder or hub name to load it from, and options for that.
 
     Raises UserError. See `load_transformers_sam`.
@@ -120,7 +113,7 @@ def open_config(spec: str) -> tuple[PreTrainedConfig, str, dict]:
         )
     path, options = weights.find_model(model, flag)
     with refusing(partial(unreadable, spec, path)):
-        config = AutoConfig.from_pretrained(path, **options)
+        config = transformers.AutoConfig.from_pretrained(path, **options)
         if config.model_type in family.model_types:
             config = getattr(config, "tracker_config", config)  # of the whole SAM 3
             parts = {part: getattr(config, part) for part in PARTS}
