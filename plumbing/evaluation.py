@@ -22,7 +22,7 @@ from plumbing import pictures
 from plumbing.answers import points_asked
 from plumbing.errors import UserError
 from plumbing.intervals import PREFIXES, bootstrap, counts_of, giou_and_ciou, span
-from plumbing.runs import read_rows, start_log
+from plumbing.runs import ANSWER, read_rows, start_log
 
 PROTOCOLS = {
     "lisa": "ignored pixels are left out, an empty union has IoU 1",
@@ -152,8 +152,7 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
 
     Raises UserError if they are more than the `count` that `settings` ask for.
     """
-    keys = {"boxonly_iou", "skipped"}
-    rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
+    rows = read_rows(out / "answers.jsonl", ANSWER) if settings.resume else []
     if len(rows) > count:
         raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
     start_log(out, settings, "answers.jsonl", rows)
@@ -170,7 +169,7 @@ def read_other(file: str, count: int) -> list[dict]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
-    rows = read_rows(path, {"boxonly_iou", "skipped"})
+    rows = read_rows(path, ANSWER)
     if len(rows) != count:
         raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
     return rows

@@ -3,6 +3,7 @@
 What does not fit is refused, see plumbing/weights.py.
 """
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,8 @@ def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
     mend = "its file is damaged: fetch it again"
     if model.dtype == torch.float16:
         mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"
-    weights.check_finite(model.named_parameters(), f"{flag} in {model.dtype}", mend)
+    held = [(name, x) for name, x in model.named_parameters() if x.is_floating_point()]  # not 4 bit
+    weights.check_finite(held, f"{flag} in {model.dtype}", mend)
     return processor, model
 
 
@@ -84,8 +86,8 @@ def open_foreign_model(vlm: str, device: torch.device | str, options: dict):
 # --------------------------------------------------------------------------------------------------
 
 
-def read_adapter(adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The folder of a trained adapter, and its weights. Raises UserError."""
+def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor]]:
+    """The folder of a trained adapter, its configuration, and its weights. Raises UserError."""
     flag = f"--adapter {adapter}"
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
@@ -93,13 +95,30 @@ def read_adapter(adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
     file = weights.adapter_file(folder, flag)
     tensors = weights.read_tensors(file, flag)
     weights.check_finite(tensors.items(), f"{flag}: {file.name}", "it is damaged: fetch it again")
-    return folder, tensors
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of keys that it does not know, see below
+            config = PeftConfig.from_pretrained(folder)
+        stated = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        # A newer version writes its new keys into every file. Null, false or {} is a method unused.
+        ignored = [key for key, value in stated.items() if value and not hasattr(config, key)]
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
+    if ignored:
+        keys = ", ".join(ignored)
+        raise UserError(f"{flag}: this peft does not know its {keys}: pip install -U peft")
+    if config.is_prompt_learning:
+        raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
+    start = str(getattr(config, "init_lora_weights", ""))
+    if getattr(config, "alora_invocation_tokens", None) or "niter" in start:
+        reason = "it acts after some tokens only, or on base weights that were found at random"
+        raise UserError(f"{flag}: {reason}, which cannot be done here: use a plain LoRA")
+    return folder, config, tensors
 
 
 def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
     """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
     flag = f"--adapter {adapter}"
-    folder, tensors = read_adapter(adapter)
+    folder, config, tensors = read_adapter(adapter)
     try:
         with warnings.catch_warnings(action="ignore"):  # `check_keys` reports the same
             model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
@@ -108,10 +127,6 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
     except Exception as error:  # a damaged file can raise anything
         reason = weights.unreadable(str(folder), error)
         raise UserError(f"{flag}: it does not fit: {reason}") from error
-    config = model.active_peft_config
-    base_name = config.base_model_name_or_path
-    if config.is_prompt_learning:
-        raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
     missing = {key.replace(".default", "") for key in keys.missing_keys}
     expected = weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False))
     weights.check_keys(
@@ -119,7 +134,8 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         unknown=keys.unexpected_keys,
         sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
         what=flag,
-        mend=f"it was trained on {base_name}: use that --vlm, or fetch it again",
+        mend=f"it was trained on {config.base_model_name_or_path}: use that --vlm, or "
+        "fetch it again",
     )
     return model
 
@@ -131,11 +147,7 @@ def continue_adapter(model: PeftModel, adapter: str) -> None:
     is scaled in its factor B, so that it does the same. Raises UserError if it does not fit.
     """
     flag = f"--adapter {adapter}"
-    folder, tensors = read_adapter(adapter)
-    try:
-        given = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
+    _, given, tensors = read_adapter(adapter)
     ours = model.active_peft_config
     if given.peft_type != ours.peft_type:
         raise UserError(f"{flag}: it is a {given.peft_type}, not LoRA: name another")
@@ -196,7 +208,7 @@ def sam_weights(held: dict) -> dict[str, torch.Tensor]:
         if all(str(key).startswith(prefix) for key in held):
             held = {key.removeprefix(prefix): tensor for key, tensor in held.items()}
     return {
-        key: tensor
+        str(key): tensor
         for key, tensor in held.items()
         if isinstance(tensor, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
     }

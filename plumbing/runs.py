@@ -71,6 +71,25 @@ def whole_file(path: Path):
             temporary.unlink(missing_ok=True)
 
 
+NUMBER = int | float
+METRICS = {"step": int} | dict.fromkeys(("reward", "iou", "clip_low", "clip_high"), NUMBER)
+RESULTS = {row: {"giou": NUMBER, "ciou": NUMBER, "n": int} for row in ("before", "ceiling")}
+ANSWER = {"format": bool, "box_iou": NUMBER, "points_inside": NUMBER}
+for prefix in ("", "ceiling_", "boxonly_"):
+    ANSWER |= {prefix + name: NUMBER for name in ("iou", "intersection", "union")}
+
+
+def has_form(value: object, form: object) -> bool:
+    """Whether what a file holds has a form: a type, or a dict with a form for each key it needs.
+
+    >>> has_form({"step": 3, "more": ""}, {"step": int}), has_form({"step": "3"}, {"step": int})
+    (True, False)
+    """
+    if not isinstance(form, dict):
+        return isinstance(value, form)
+    return isinstance(value, dict) and all(has_form(value.get(key), form[key]) for key in form)
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text)
@@ -79,6 +98,10 @@ def write_text(path: Path, text: str) -> None:
 def save_figure(figure, path: Path) -> None:
     with whole_file(path) as temporary:
         figure.savefig(temporary)
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_lines(file: Path, rows: list[dict]) -> None:
@@ -124,7 +147,7 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     """
     if steps > settings.steps:
         raise UserError(f"--steps {settings.steps}: {out} has done {steps} already: name as many")
-    rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
+    rows = read_rows(out / "metrics.jsonl", METRICS)[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
     return rows
 
@@ -132,11 +155,11 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
 def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     config = asdict(settings) | {"out": str(out), "resume": False}
     write_text(out / "config.json", json.dumps(config, indent=2))
-    write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(out / name, rows)
 
 
-def read_rows(file: Path, keys: set[str]) -> list[dict]:
-    """The lines of a log, each a JSON object with one of these keys. Empty without the file.
+def read_rows(file: Path, form: dict) -> list[dict]:
+    """The lines of a log, each of this form or a skipped answer. Empty without the file.
 
     Raises UserError if a line is anything else.
     """
@@ -147,7 +170,7 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not keys & row.keys():
+        if not (has_form(row, {"skipped": str}) or has_form(row, form)):
             raise UserError(f"{file} is damaged (line {number}): mend or delete it, then --resume")
         rows.append(row)
     return rows
@@ -216,6 +239,8 @@ class Checkpoint:
         what = f"--resume: {self.file}"
         unfit = "it does not fit this model and these settings"
         with refusing(lambda error: f"{what}: {unfit} ({reason_of(error)}): start another run"):
+            if not has_form(state, {"step": int, "results": RESULTS}):
+                raise ValueError("it has no step, or other results")
             weights.compare(
                 expected=weights.shapes(self.adapter()),
                 given=weights.shapes(state["adapter"]),

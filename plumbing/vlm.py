@@ -192,6 +192,9 @@ def load_vlm(
 
         model = load_adapter(model, adapter)
     ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends
+    if max(ends) >= len(processor.tokenizer):  # completions would never end
+        raise UserError(f"--vlm {name}: its generation_config.json is of another model: {ends}")
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     model.eval().requires_grad_(False)
     return Policy(
@@ -201,7 +204,7 @@ def load_vlm(
         side=side,
         prompt=prompt,
         coordinates=coordinates,
-        end=torch.tensor([ends] if isinstance(ends, int) else ends, device=device),
+        end=torch.tensor(ends, device=device),
         banned=torch.tensor([getattr(config, token) for token in names], device=device),
         opening=template_end(processor, name),
         scaler=torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16),

@@ -114,11 +114,14 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     open_run(tmp_path / "run", resume=True)  # a killed process leaves no lock
 
 
+METRICS = {"reward": 2.5, "iou": 0.5, "clip_low": 0.0, "clip_high": 0.0}
+
+
 def test_the_metrics_are_cropped_to_the_checkpoint(tmp_path):
     s = parse_settings("train", ["--lr", "0.5"])
-    rows = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    rows = [json.dumps({"step": step} | METRICS) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"st')
-    assert runs.start_metrics(tmp_path, s, 2) == [{"step": 1}, {"step": 2}]
+    assert [row["step"] for row in runs.start_metrics(tmp_path, s, 2)] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:2]
     assert runs.start_metrics(tmp_path, s, 0) == []
     config = json.loads((tmp_path / "config.json").read_text())
@@ -139,9 +142,9 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("line", ["{]", "null", '{"other": 1}', "\udcff"])
+@pytest.mark.parametrize("line", ["{]", "null", '{"step": 2}', "\udcff"])
 def test_a_damaged_log_is_named_and_stays(line, tmp_path):
-    text = f'{{"step": 1}}\n{line}\n'
+    text = f"{json.dumps({'step': 1} | METRICS)}\n{line}\n"
     (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged.*mend or delete it"):
         runs.start_metrics(tmp_path, parse_settings("train", []), 2)
@@ -349,3 +352,14 @@ def test_a_long_name_does_not_run_into_its_numbers(tmp_path, capsys):
     titles, *lines = capsys.readouterr().out.strip("\n").split("\n")
     assert titles.index("gIoU") + 4 == lines[0].index("0.500") + 5 == lines[1].index("0.500") + 5
     assert lines[3] == "shapes-tiny-0  gIoU 0.400 to 0.600, cIoU 0.200 to 0.300"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    "lr=1e30 lr=2 temperature=1e30 beta=1e30 train_samples=1e13 group_size=1e12".split(),
+)
+def test_a_number_that_cannot_work_is_refused_with_both_bounds(flag):
+    name, _, value = flag.partition("=")
+    value = value if name in ("lr", "temperature", "beta") else str(int(float(value)))
+    with pytest.raises(UserError, match=f"--{name} .*: it must be from .* to "):
+        parse_settings("train", [f"--{name}", value])

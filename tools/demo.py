@@ -70,6 +70,11 @@ class Asker:
         self.trained = s.adapter != "none"
         self.policy = load_policy(s, s.adapter)
         self.scorer = load_scorer(s, self.policy.device)
+        config = self.policy.model.active_peft_config if self.trained else None
+        start = str(getattr(config, "init_lora_weights", ""))
+        if getattr(config, "bias", "none") != "none" or start.startswith(("pissa", "olora")):
+            reason = "it changes weights of the base model, which could not be shown beside it"
+            raise UserError(f"--adapter {s.adapter}: {reason}: merge it (tools.merge), name --vlm")
 
     def complete(self, sample: Sample, trained: bool, start: str = "") -> str:
         """The greedy completion that begins with `start`."""
@@ -89,8 +94,9 @@ def drawn_scene(number: int) -> Sample:
     return SCENES[number]
 
 
-def uploaded_picture(file: str) -> Sample:
+def uploaded_picture(file: str | None) -> Sample:
     """A picture of the user's, scaled down to LARGEST."""
+    file = file or ""  # a client can send none
     try:
         image = read_picture(file)
     except UserError as error:
@@ -126,6 +132,8 @@ def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str 
     query = check_query(query)
     thought = thought or ""  # a client can send no text at all
     check_plain(thought, "thought")
+    if max(len(query), len(thought)) > LONGEST:  # Gradio limits what is typed, not what is sent
+        raise UserError(f"a query or a thought has at most {LONGEST} characters")
     known = query == shown.query
     sample = shown if known else without_mask(shown.image, query)
     text = asker.complete(sample, trained, f"<think>{thought}</think>" if thought else "")
