@@ -24,20 +24,6 @@ import numpy as np
 from PIL import Image
 
 from plumbing.errors import UserError
-from plumbing.photos import (
-    INSTALL_CV2,
-    PHOTOGRAPHS,
-    REFS,
-    check_query,
-    coco_mask,
-    foreign,
-    labelme_masks,
-    read_image,
-    read_instances,
-    read_labelme,
-    read_refs,
-)
-from plumbing.prompts import REQUESTS, plain_query
 from plumbing.scenes import HARD_SHARE, Thing, draw_scene, unambiguous_queries
 
 
@@ -98,7 +84,7 @@ def messages(query: str, style: str, units: str, side: int) -> list[dict]:
     style: "brief" is the query alone, for a model that knows the task: the tiny one sees 16 image
            tokens, and a page of instructions would hide them. "full" explains the task to a model
            that was not trained on it. The paper gives no wording, so this one is ours.
-           "segzero" and "visionreasoner" are for their checkpoints, see plumbing/prompts.py.
+           "segzero" and "visionreasoner" are for their checkpoints, see plumbing/segzero.py.
     units: "pixels" or "thousandths", see `UNITS`.
     side:  side of the square image that the policy sees, in pixels.
 
@@ -112,9 +98,14 @@ def messages(query: str, style: str, units: str, side: int) -> list[dict]:
     <think>the yellow square is at the middle right</think><answer>{"bbox":[32,25,54,54],\
 "points_1":[36,32],"points_2":[37,48]}</answer>
     """
-    request = {"brief": BRIEF, "full": FULL, **REQUESTS}[style]
-    where = UNITS[units].format(side=side)
-    request = request.format(query=plain_query(query, style), units=where)
+    if style in ("brief", "full"):
+        request = BRIEF if style == "brief" else FULL
+    else:
+        from plumbing import segzero  # only with these two styles
+
+        request = segzero.REQUESTS[style]
+        query = segzero.plain_query(query, style)
+    request = request.format(query=query, units=UNITS[units].format(side=side))
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request}]}
     system = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
     return [system, user] if style == "full" else [user]
@@ -179,8 +170,15 @@ class Shapes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Photographs
+# Photographs. plumbing/photos.py decodes their files; drawn scenes do not need it
 # --------------------------------------------------------------------------------------------------
+
+# REFER published one of these files and instances.json for each set; they lie in ROOT/<name>/.
+# RefCOCOg has two partitions. Papers report umd, which has a test split.
+REFS = {"refcocog": "refs(umd).p", "refcoco": "refs(unc).p", "refcoco+": "refs(unc).p"}
+PHOTOGRAPHS = "images/mscoco/images/train2014"
+# LISA pins OpenCV 4.8. Up to 4.10 fillPoly fills the same pixels, and 4.11 changed its rounding.
+INSTALL_CV2 = 'pip install "opencv-python-headless<4.11"'
 
 
 def subsample(refs: list[dict], samples: int | None, seed: str) -> list[tuple[dict, dict]]:
@@ -212,7 +210,7 @@ class Expression(NamedTuple):
     id: str
     query: str
     image: tuple[str, tuple[int, int]] | None  # file name, (width, height) in pixels
-    segmentation: list | dict | None  # see `coco_mask`
+    segmentation: list | dict | None  # see `plumbing.photos.coco_mask`
 
 
 def read_expressions(name: str, root: Path, split: str, samples: int | None) -> list[Expression]:
@@ -220,10 +218,12 @@ def read_expressions(name: str, root: Path, split: str, samples: int | None) -> 
 
     Raises UserError with the file and the command that downloads it.
     """
+    from plumbing import photos
+
     hint = f"python -m tools.fetch {name} --out {root}"
     file = root / name / REFS[name]
-    refs = [ref for ref in read_refs(file, hint) if ref["split"] == split]
-    images, annotations = read_instances(root / name / "instances.json", hint)
+    refs = [ref for ref in photos.read_refs(file, hint) if ref["split"] == split]
+    images, annotations = photos.read_instances(root / name / "instances.json", hint)
     expressions = []
     for ref, sentence in subsample(refs, samples, seed=f"{name}-{split}-0"):
         key = f"{name}-{ref['ref_id']}-{sentence['sent_id']}"
@@ -255,17 +255,19 @@ class RefCOCO:
         return len(self.expressions)
 
     def __getitem__(self, index: int) -> Sample:
+        from plumbing import photos
+
         one = self.expressions[index]
-        with foreign(f"{one.id} of instances.json", kind=BadSample):
+        with photos.foreign(f"{one.id} of instances.json", kind=BadSample):
             if not one.image or not one.segmentation:
                 no_image = "it has no image, or its mask is of another image"
                 raise ValueError("it has no mask" if one.image else no_image)
             file_name, (width, height) = one.image
-            mask = coco_mask(one.segmentation, width, height)
+            mask = photos.coco_mask(one.segmentation, width, height)
             if not mask.any():
                 raise ValueError("the area of its mask is zero")
-            image = read_image(self.folder / file_name, self.hint, (width, height))
-            return Sample(image, check_query(one.query), mask, None, one.id)
+            image = photos.read_image(self.folder / file_name, self.hint, (width, height))
+            return Sample(image, photos.check_query(one.query), mask, None, one.id)
 
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # suffixes; the first is that of LISA
@@ -302,18 +304,20 @@ class ReasonSeg:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
+        from plumbing import photos
+
         name = self.names[index]
         files = self.files[name]
         file = files.get(".json", self.folder / f"{name}.json")
-        with foreign(file, self.hint, kind=BadSample):
+        with photos.foreign(file, self.hint, kind=BadSample):
             found = [files[suffix] for suffix in PICTURES if suffix in files]
             if len(found) > 1 and ".jpg" not in files:
                 raise UserError(f"{found[0].name} and {found[1].name} have its name: keep one")
             picture = found[0] if found else self.folder / f"{name}.jpg"
-            image = read_image(picture, self.hint)
-            text, shapes = read_labelme(file, image.size)
-            query = check_query(text)
-            target, ignore = labelme_masks(shapes, image.width, image.height)
+            image = photos.read_image(picture, self.hint)
+            text, shapes = photos.read_labelme(file, image.size)
+            query = photos.check_query(text)
+            target, ignore = photos.labelme_masks(shapes, image.width, image.height)
             if self.split == "train" and not target.any():
                 raise UserError("no pixel is target. Skip this sample")
         ignore = ignore if ignore.any() else None

@@ -39,7 +39,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 from plumbing.answers import read_objects
 from plumbing.devices import half_precision, to_device
-from plumbing.rewards import box_ious, segzero_reward
+from plumbing.rewards import box_ious
 from plumbing.sam import load_weights, restore_weights
 
 # --------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def score_completions(
     extent:   what the policy writes for the far edge of the image, see `sam_prompt`.
     accuracy: a name of `accuracy_reward`, or a reward to compare it with, which does not use SAM's
               mask: "box" (the tiers on the IoU of the boxes), "segzero", "segzero_mask" (see
-              plumbing/rewards.py). SAM's mask is computed in any case, for the log.
+              plumbing/segzero.py). SAM's mask is computed in any case, for the log.
     style:    of the prompt, see `parse_answer`.
 
     A completion without a usable box or point has IoU 0, so that it never pays to give no answer.
@@ -520,6 +520,8 @@ def score_completions(
     if accuracy == "box":
         earned = tiered_reward(box_ious(samples, prompts))
     elif accuracy.startswith("segzero"):
+        from plumbing.segzero import segzero_reward  # only with this reward
+
         earned = segzero_reward(samples, prompts, extent, in_mask=accuracy == "segzero_mask")
     else:
         earned = accuracy_reward(iou, accuracy)

@@ -35,16 +35,16 @@ from tqdm import tqdm
 
 from data import BadSample, Sample
 from grpo import Completions, group_advantages, group_logprobs, grpo_loss, rollout
-from plumbing import intervals, photos, pictures, protocols, rewards, runs, scenes
+from plumbing import intervals, pictures, rewards, runs, scenes
+from plumbing.answers import points_asked
 from plumbing.decoding import StaticDecoder
 from plumbing.devices import clipped_step
 from plumbing.errors import UserError, continued_by, exit_with_one_line
-from plumbing.prompts import points_asked
 from plumbing.sam import load_sam
 from plumbing.settings import Settings, parse_settings, rollout_prompts
 from plumbing.sources import EVAL_SAMPLES, load_data
 from plumbing.tracking import Tracker
-from plumbing.vlm import Policy, Prompts, continue_adapter, load_vlm
+from plumbing.vlm import Policy, Prompts, load_vlm
 from reward import SamPrompt, SamScorer, parse_answer, sam_prompt, score_completions
 
 # --------------------------------------------------------------------------------------------------
@@ -91,6 +91,8 @@ def load_trainable_policy(s: Settings) -> Policy:
     policy = load_policy(s)
     policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
     if s.adapter != "none" and not s.resume:  # a checkpoint has its own weights
+        from plumbing.foreign import continue_adapter  # only with this setting
+
         continue_adapter(policy.model, s.adapter)
     return policy
 
@@ -356,7 +358,8 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
 
     SAM gets three prompts for each sample: the policy's; the true box with two good points (columns
     that begin with "ceiling_"); and the policy's box without its points ("boxonly_"). Boxes and
-    points are in image pixels, intersection and union in pixels, see plumbing/protocols.py.
+    points are in image pixels, intersection and union in pixels. `eval` counts them in two ways,
+    see plumbing/evaluation.py.
     """
     completions = sample_completions(policy, policy.read(batch), s, greedy=True)
     texts = [group[0] for group in policy.texts(completions)]
@@ -367,7 +370,7 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
         ceiling = SamPrompt(rewards.true_box(one.mask), scenes.interior_points(one.mask))
         boxes = tuple(SamPrompt(other.box, ()) for other in ours.others)
         box_only = SamPrompt(ours.box, (), boxes)
-        prompts.append([ours, ceiling, box_only])  # in the order of protocols.PREFIXES
+        prompts.append([ours, ceiling, box_only])
     overlap = scorer.score(batch, prompts, keep_masks=True)
     ious = rewards.box_ious(batch, prompts)
     asked = points_asked(policy.prompt)
@@ -386,8 +389,16 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
         }
         if ours.others:
             row["others"] = [(other.box, other.points) for other in ours.others]
-        readable = protocols.is_readable(answer, policy.prompt)
-        rows.append(row | protocols.count(overlap, b, one, readable, s))
+        for k, prefix in enumerate(intervals.PREFIXES):
+            for name in ("intersection", "union", "iou"):
+                row[prefix + name] = getattr(overlap, name)[b, k].item()
+        rows.append(row)
+    if hasattr(s, "protocol"):
+        from plumbing import evaluation  # not for training
+
+        for row, masks, one, answer in zip(rows, overlap.masks, batch, answers, strict=True):
+            readable = evaluation.is_readable(answer, policy.prompt)
+            row |= evaluation.count(row, masks, one, readable, s)
     return rows
 
 
@@ -462,30 +473,34 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 
 def evaluate_adapter(s) -> None:
     """Compute the metrics of an adapter, or of the base model, on a data set."""
+    from plumbing import evaluation  # not for training
+
     heldout = load_data(s.data, "heldout")
     count = min(s.limit or (EVAL_SAMPLES if s.data == "shapes" else len(heldout)), len(heldout))
-    other = runs.read_other(s.against, count)
+    other = evaluation.read_other(s.against, count)
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
-    done = runs.start_answers(out, s, count)
+    done = evaluation.start_answers(out, s, count)
     with continued_by(runs.resume_command("eval", out)):
         log = out / "answers.jsonl"
         rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)
-    results = protocols.metrics(rows, compute_metrics, trained, s)
+    results = evaluation.metrics(rows, compute_metrics, trained, s)
     if other:
         headline = results[trained]["protocol"]
-        results[trained]["against"] = intervals.compare(rows, other, headline, s.against)
+        results[trained]["against"] = evaluation.compare(rows, other, headline, s.against)
     runs.write_text(out / "eval.json", json.dumps(results, indent=2))
-    figure = pictures.evaluation_sheet(rows, scorer, heldout, SamPrompt)
+    figure = evaluation.evaluation_sheet(rows, scorer, heldout, SamPrompt)
     runs.save_figure(figure, out / "sheet.png")
     runs.print_table(results, [], out)
-    protocols.print_protocols(results[trained], rows, s)
+    evaluation.print_protocols(results[trained], rows, s)
 
 
 def segment(s) -> None:
     """Segment what a query refers to in one picture. Prints JSON and draws the answer."""
+    from plumbing import evaluation, photos  # not for training
+
     query = photos.check_query(s.query)
     image = photos.read_picture(s.image)
     out = Path(s.out).expanduser()
@@ -505,7 +520,7 @@ def segment(s) -> None:
     answer = scores.answers[0][0]
     prompt = scores.prompts[0][0]
     mask = scores.overlap.masks[0][0].cpu().numpy()
-    figure = pictures.found(image, query, mask, prompt, answer.thought or texts[0][0])
+    figure = evaluation.found(image, query, mask, prompt, answer.thought or texts[0][0])
     runs.save_figure(figure, out)
     said = {"query": query, "bbox": prompt.box, "points": prompt.points}
     said |= {"mask_pixels": int(mask.sum()), "thought": answer.thought, "completion": texts[0][0]}

@@ -29,9 +29,9 @@ from benchmarks import meter
 from benchmarks.meter import DEVICE
 from benchmarks.random_models import tiny_processor
 from grpo import Completions, group_logprobs
-from plumbing.published import published_config
 from plumbing.vlm import Prompts, base, encode_prompts
 from samr1_mini import LORA_TARGETS
+from tools.published import published_config
 
 WAYS = ("packed", "padded", "row by row")
 PARTS = ("layers", "checkpointed", "head")

@@ -6,8 +6,8 @@ from unittest import mock
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, initialization
 
-from plumbing.published import published_config
 from plumbing.vlm import vlm_path
+from tools.published import published_config
 
 
 def tiny_processor(config):

@@ -36,9 +36,9 @@ from plumbing.runs import save_figure
 from plumbing.sam import load_sam
 from plumbing.scenes import Thing, points_inside, taught_thought
 from plumbing.settings import parse_settings
-from plumbing.starts import read_with_starts
 from plumbing.vlm import Policy, load_vlm
 from reward import Answer, SamPrompt, SamScorer, score_completions
+from tools.starts import read_with_starts
 
 THOUGHTS = ("own", "other", "right", "empty")
 GROUPS = {False: "the other object is elsewhere", True: "the two objects share a box"}

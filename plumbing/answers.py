@@ -120,6 +120,11 @@ def read_objects(
     return objects, asked_form
 
 
+def points_asked(style: str) -> int:
+    """Number of points that a prompt of this style asks for."""
+    return 1 if style == "visionreasoner" else 2
+
+
 def answer_keys(item: dict, style: str) -> list:
     """The keys of an object's box and of its points."""
     if style == "visionreasoner":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +20,20 @@ class UserError(Exception):
 def reason_of(error: BaseException) -> str:
     """The type and the message of an exception, on one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+@contextlib.contextmanager
+def refusing(explain: Callable[[Exception], str]):
+    """Turn any error in this block into a `UserError` with the message explain(error).
+
+    Put it only around the reading of what other people made: a damaged file can raise anything.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(explain(error)) from error
 
 
 @contextlib.contextmanager

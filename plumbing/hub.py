@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import BadSample, RefCOCO, Sample
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, reason_of, refusing
 from plumbing.photos import check_query, coco_mask, decode_image, foreign, read_instances
 
 MASKED = ("image", "text", "mask", "image_id", "ann_id", "img_height", "img_width")
@@ -60,7 +60,12 @@ def open_table(name: str, needed: tuple[str, ...], part: str):
         name = str(folder)
     elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"{name} is neither a folder nor OWNER/SET, as on the hub")
-    try:
+    unfit = f"{name} cannot be opened as a set"
+    mend = (
+        "Check its name. Run it again to resume a download, or set HF_HUB_OFFLINE=1 to open one "
+        "from before"
+    )
+    with refusing(lambda error: f"{unfit} ({reason_of(error)}). {mend}"):
         if not folder.is_dir() and not datasets.config.HF_HUB_OFFLINE:
             # `datasets` finds out as well, but without a network it tries for half a minute.
             HfApi().dataset_info(name, timeout=10)
@@ -73,13 +78,6 @@ def open_table(name: str, needed: tuple[str, ...], part: str):
             parts = [str(one) for one in builder.config.data_files or [part]]
             table = datasets.load_dataset(name, split=parts[0] if len(parts) == 1 else part)
         check_columns(name, table.features, needed)
-    except UserError:
-        raise
-    except Exception as error:  # which exceptions these packages raise depends on their versions
-        raise UserError(
-            f"{name} cannot be opened as a set ({reason_of(error)}). Check its name. Run it again "
-            "to resume a download, or set HF_HUB_OFFLINE=1 to open one from before"
-        ) from error
     return table.with_format("arrow")
 
 

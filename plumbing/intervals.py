@@ -7,15 +7,16 @@ metrics too: the interval knows nothing of that.
 
 import numpy as np
 
-from plumbing.errors import UserError
-
 RESAMPLES = 2000
+# Three prompts are scored for each sample: the policy's, the ceiling's, the policy's box only. The
+# columns of the first one have no prefix.
+PREFIXES = ("", "ceiling_", "boxonly_")
 
 
 def counts_of(rows: list[dict], prefix: str = "") -> np.ndarray:
     """IoU, intersection and union of n rows of `samr1_mini.evaluate`, (3, n), without skipped ones.
 
-    prefix: of the columns, see `protocols.PREFIXES`.
+    prefix: of the columns, see `PREFIXES`.
     """
     names = [prefix + name for name in ("iou", "intersection", "union")]
     usable = [row for row in rows if "skipped" not in row]
@@ -49,27 +50,6 @@ def bootstrap(counts: np.ndarray, other: np.ndarray | None = None) -> dict[str, 
     return {"giou_95": giou, "ciou_95": ciou}
 
 
-def compare(rows: list[dict], other: list[dict], protocol: str, file: str) -> dict:
-    """How far gIoU and cIoU of `rows` are above those of `other`, with intervals, for eval.json.
-
-    rows, other: of two evaluations of the same images, both counted by `protocol`. Raises UserError
-    if they are not. file: where `other` is from.
-    """
-    for number, pair in enumerate(zip(rows, other, strict=True), 1):
-        ours, theirs = ((row.get("id"), row.get("query")) for row in pair)
-        if ours != theirs:
-            reason = f"answer {number} is about {theirs}, here about {ours}"
-            raise UserError(f"--against {file}: {reason}: name one of the same --data")
-    if any(protocol not in row for row in other if "skipped" not in row):
-        raise UserError(f"--against {file}: it was not counted by --protocol {protocol}")
-    counts, others = (
-        counts_of([row | row.get(protocol, {}) for row in both]) for both in (rows, other)
-    )
-    images = np.arange(counts.shape[1])[None]
-    giou, ciou = (giou_and_ciou(counts, images) - giou_and_ciou(others, images))[:, 0].tolist()
-    return {"file": file, "giou": giou, "ciou": ciou} | bootstrap(counts, others)
-
-
 def span(row: dict, name: str, sign: str = "") -> str:
     """The interval of a metric in a row of eval.json as text. sign: "+" for differences.
 
@@ -77,11 +57,3 @@ def span(row: dict, name: str, sign: str = "") -> str:
     '-0.010 to +0.050'
     """
     return " to ".join(f"{bound:{sign}.3f}" for bound in row[f"{name}_95"])
-
-
-def comparison(row: dict) -> str:
-    """What `compare` found, as one line."""
-    parts = []
-    for name, title in (("giou", "gIoU"), ("ciou", "cIoU")):
-        parts.append(f"{title} {row[name]:+.3f} ({span(row, name, '+')})")
-    return f"against {row['file']}: {', '.join(parts)}, paired"

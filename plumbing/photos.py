@@ -24,18 +24,6 @@ from pycocotools import mask as coco
 
 from plumbing.errors import UserError, reason_of
 
-SPLITS = {
-    "refcocog": ("train", "val", "test"),
-    "refcoco": ("train", "val", "testA", "testB"),
-    "refcoco+": ("train", "val", "testA", "testB"),
-    "reasonseg": ("train", "val", "test"),
-}
-# REFER published one of these files and instances.json for each set; they lie in ROOT/<name>/.
-# RefCOCOg has two partitions. Papers report umd, which has a test split.
-REFS = {"refcocog": "refs(umd).p", "refcoco": "refs(unc).p", "refcoco+": "refs(unc).p"}
-PHOTOGRAPHS = "images/mscoco/images/train2014"
-# LISA pins OpenCV 4.8. Up to 4.10 fillPoly fills the same pixels, and 4.11 changed its rounding.
-INSTALL_CV2 = 'pip install "opencv-python-headless<4.11"'
 THINNEST = 200  # longest side over shortest; the tiny SAM would lose the short one above 256
 LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 without a check
 # Pillow warns of pictures above its limit of 89 million pixels, and refuses those above twice that.

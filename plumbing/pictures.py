@@ -42,7 +42,6 @@ PANELS = {  # of `curves`: title and metrics
 NUMBERS = ("reward", "accuracy", "think_format", "answer_format", "iou")
 LONGEST_SIDE = 640  # pixels; recorded pictures are scaled down to this
 DRAWN = 2048  # pixels; of a picture with a longer side, a smaller one is drawn, to save memory
-TALLEST = 4  # height over width of `found`; drawing one of 200 x the width would take 12 GiB
 PHOTOGRAPH = 256  # pixels; a picture with a longer side is stored as a JPEG, any other as a PNG
 
 # ----------------------------------------------------------------------------------------------
@@ -142,7 +141,12 @@ def printable_query(query: str, characters: int, width: int) -> str:
     """The first characters of a query in lines of this width, or a note if no font has it."""
     if not all(font_of(c) for c in query if c.isprintable()):
         query = "(query in characters that no installed font has)"
-    return textwrap.fill(printable(query)[:characters], line_length(query, width))
+    return fold(query, characters, width)
+
+
+def fold(text: str, characters: int, width: int) -> str:
+    """The first characters of a text in lines of this width."""
+    return textwrap.fill(printable(text)[:characters], line_length(text, width))
 
 
 def line_length(text: str, width: int) -> int:
@@ -225,59 +229,6 @@ def groups(batch: list, texts: list[list[str]], scores, columns: int = 4) -> Fig
         for axes in [*group[1:, 0], *cells[G:]]:
             axes.set_axis_off()
     draw_legend(figure)
-    return figure
-
-
-def sheet(rows: dict[str, list[tuple]]) -> Figure:
-    """A row of pictures for each title, from tuples (sample, prompt, mask (H, W) bool, IoU)."""
-    columns = max(map(len, rows.values()))
-    figure = Figure(figsize=(3 * columns, 3.3 * len(rows)), dpi=100, layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (title, answers) in zip(grid, rows.items(), strict=True):
-        for axes in line[len(answers) :]:
-            axes.set_axis_off()
-        for axes, (one, prompt, mask, iou) in zip(line, answers, strict=False):
-            draw_answer(axes, one.image, mask, prompt, one.mask)
-            write_title(axes, f"{title}: IoU {iou:.2f}")
-            write_below(axes, printable_query(one.query, 160, 38))
-    draw_legend(figure)
-    return figure
-
-
-def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int = 4) -> Figure:
-    """The best, median and worst answers of an evaluation, `count` of each, by IoU.
-
-    rows:        of samr1_mini.evaluate; row k is about dataset[k]. Rows with "skipped" are ignored,
-                 at least one must have been scored.
-    scorer:      reward.SamScorer, which makes the masks again.
-    prompt_type: reward.SamPrompt.
-    """
-    scored = [k for k, row in enumerate(rows) if "skipped" not in row]
-    order = sorted(scored, key=lambda k: -rows[k]["iou"])
-    middle = max(0, len(order) // 2 - count // 2)
-    median = order[middle : middle + count]
-    picks = {"best": order[:count], "median": median, "worst": order[-count:]}
-    chosen = sorted({k for row in picks.values() for k in row})  # encode each image once
-    batch = [dataset[k] for k in chosen]
-    prompts = []
-    for k in chosen:
-        others = [prompt_type(box, points) for box, points in rows[k].get("others", ())]
-        prompts.append(prompt_type(rows[k]["box"], rows[k]["points"], tuple(others)))
-    masks = scorer.score(batch, [[prompt] for prompt in prompts], keep_masks=True).masks
-    drawn = {}
-    for k, one, prompt, mask in zip(chosen, batch, prompts, masks, strict=True):
-        drawn[k] = (one, prompt, mask[0].cpu().numpy(), rows[k]["iou"])
-    return sheet({title: [drawn[k] for k in row] for title, row in picks.items()})
-
-
-def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
-    """One picture with the mask of a query (H, W) bool, the prompt, and the policy's reasoning."""
-    size = (7, 7 * min(image.height / image.width, TALLEST) + 1.2)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots()
-    draw_answer(axes, image, mask, prompt)
-    write_title(axes, printable_query(query, 240, 60), size=12)
-    write_below(axes, textwrap.fill(printable(said)[:800], line_length(said, 90)))
     return figure
 
 

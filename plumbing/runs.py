@@ -5,6 +5,7 @@ in the folder can be read.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,8 +26,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
-from plumbing import intervals, weights
-from plumbing.errors import UserError, continued_by, reason_of
+from plumbing import intervals
+from plumbing.errors import UserError, continued_by, reason_of, refusing
 
 try:
     import resource  # peak memory of the process
@@ -53,9 +54,7 @@ def writing(path: Path):
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
             raise
-        mend = (
-            "make room, or name a place that you may write to; a checkpoint goes on with --resume"
-        )
+        mend = "make room, or name a place that you may write to; checkpoints go on with --resume"
         raise UserError(f"{path} cannot be written ({reason_of(error)}): {mend}") from error
 
 
@@ -123,21 +122,16 @@ def open_run(s, name: str) -> Path:
 
     A new run takes an empty folder only, so it deletes nothing.
     """
-    number = 1
-    out = Path(s.out or name).expanduser()
-    while not s.out and out.exists():
-        number += 1
-        out = Path(f"{name}-{number}")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if not s.resume and any(file.name != LOCK for file in out.iterdir()):
-        raise UserError(
-            f"--out {out}: it is not empty: name another folder, delete it, or continue the run "
-            "in it with --resume"
-        )
-    lock = FileLock((out / LOCK).resolve(), is_singleton=True)  # this process may open it again
+    free = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    out = Path(s.out).expanduser() if s.out else next(path for path in free if not path.exists())
     try:
         with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            if not s.resume and any(file.name != LOCK for file in out.iterdir()):
+                mend = "name another folder, delete it, or continue the run in it with --resume"
+                raise UserError(f"--out {out}: it is not empty: {mend}")
+            # A singleton, because this process may open the folder again.
+            lock = FileLock((out / LOCK).resolve(), is_singleton=True)
             lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"--out {out}: another process is writing to it") from error
@@ -155,34 +149,6 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
         raise UserError(f"--steps {settings.steps}: {out} has done {steps} already: name as many")
     rows = read_rows(out / "metrics.jsonl", METRICS)[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
-    return rows
-
-
-def start_answers(out: Path, settings, count: int) -> list[dict]:
-    """Write config.json, and return the answers that an interrupted evaluation has written.
-
-    Raises UserError if they are more than the `count` that `settings` ask for.
-    """
-    rows = read_rows(out / "answers.jsonl", ANSWER) if settings.resume else []
-    if len(rows) > count:
-        raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
-    start_log(out, settings, "answers.jsonl", rows)
-    return rows
-
-
-def read_other(file: str, count: int) -> list[dict]:
-    """The rows of another evaluation's answers.jsonl, or none for "".
-
-    Raises UserError if they are not as many as here, `count`.
-    """
-    if not file:
-        return []
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
-    rows = read_rows(path, ANSWER)
-    if len(rows) != count:
-        raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
     return rows
 
 
@@ -237,8 +203,9 @@ class Checkpoint:
     def save(self, step: int, s, results: dict) -> None:
         """Write checkpoint/, adapter/ and eval.json, which holds `results`."""
         adapter = self.adapter()
-        mend = "the last checkpoint stays: lower --lr"
-        weights.check_finite(adapter.items(), f"step {step}", mend)
+        if bad := [name for name, weight in adapter.items() if not weight.isfinite().all()]:
+            reason = f"{len(bad)} weights are not finite ({bad[0]})"
+            raise UserError(f"step {step}: {reason}: the last checkpoint stays: lower --lr")
         state = {
             "step": step,
             "adapter": adapter,
@@ -263,31 +230,29 @@ class Checkpoint:
 
         Raises UserError, before anything is changed, if the adapter does not fit the model.
         """
+        from plumbing import weights  # only with --resume
+
         if not self.file.is_file():
             raise UserError(f"--resume: {self.out} has no checkpoint yet: start another run")
         # To the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
         state = weights.read_tensors(self.file, "--resume")
-        try:
+        what = f"--resume: {self.file}"
+        unfit = "it does not fit this model and these settings"
+        with refusing(lambda error: f"{what}: {unfit} ({reason_of(error)}): start another run"):
             if not has_form(state, {"step": int, "results": RESULTS}):
                 raise ValueError("it has no step, or other results")
             weights.compare(
                 expected=weights.shapes(self.adapter()),
                 given=weights.shapes(state["adapter"]),
-                what=f"--resume: the adapter in {self.file}",
+                what=what,
                 mend="use the --vlm and the versions of peft and transformers that wrote it",
             )
-            what = f"--resume: {self.file}"
             weights.check_finite(state["adapter"].items(), what, "start another run")
             set_peft_model_state_dict(self.model, state["adapter"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             if state.get("scaler"):  # older checkpoints have none
                 self.scaler.load_state_dict(state["scaler"])
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file can raise anything
-            reason = f"does not fit this model and these settings ({reason_of(error)})"
-            raise UserError(f"--resume: {self.file} {reason}: start another run") from error
         state["results"].pop("after", None)
         return state["step"], state["results"]
 
@@ -481,8 +446,6 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
         if "giou_95" in row:  # runs of older versions have none
             spans = f"gIoU {intervals.span(row, 'giou')}, cIoU {intervals.span(row, 'ciou')}"
             print(f"{name:{width}}{spans}")
-        if "against" in row:
-            print(intervals.comparison(row["against"]))
     if "before" in results and "after" in results:
         before, after, ceiling = (results[k]["giou"] for k in ("before", "after", "ceiling"))
         closed = round(100 * (after - before) / max(ceiling - before, 1e-9))

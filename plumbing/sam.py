@@ -8,18 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
+from safetensors.torch import load_file
+from segment_anything import modeling
 from segment_anything.modeling.image_encoder import Attention
 
 from plumbing.devices import to_device
 from plumbing.errors import UserError
-from plumbing.weights import check_finite, compare, read_tensors, shapes
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "sam.safetensors"
 
@@ -31,18 +25,10 @@ SAM_SIZES = {
     "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
     "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
     "tiny": dict(
-        width=96,
-        depth=3,
-        heads=4,
-        global_blocks=(1, 2),
-        image_size=128,
-        patch=8,
-        window=8,
-        prompt_width=64,
-        mlp=128,
-        decoder_heads=4,
+        width=96, depth=3, heads=4, global_blocks=(1, 2), image_size=128, patch=8, window=8,
+        prompt_width=64, mlp=128, decoder_heads=4,
     ),
-}
+}  # fmt: skip
 KNOWN_SAMS = "tiny, vit_b:FILE, vit_l:FILE, vit_h:FILE, sam2:MODEL or sam3:MODEL"
 
 
@@ -57,14 +43,14 @@ def build_sam(
     prompt_width: int = 256,
     mlp: int = 2048,
     decoder_heads: int = 8,
-) -> Sam:
+) -> modeling.Sam:
     """A frozen `segment_anything` model with random weights.
 
     The package's own builder fixes all but the first four of these numbers.
     """
     grid = (image_size // patch, image_size // patch)
-    sam = Sam(
-        ImageEncoderViT(
+    sam = modeling.Sam(
+        modeling.ImageEncoderViT(
             img_size=image_size,
             patch_size=patch,
             embed_dim=width,
@@ -77,14 +63,14 @@ def build_sam(
             qkv_bias=True,
             norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
         ),
-        PromptEncoder(
+        modeling.PromptEncoder(
             prompt_width,
             image_embedding_size=grid,
             input_image_size=(image_size, image_size),
             mask_in_chans=16,
         ),
-        MaskDecoder(
-            transformer=TwoWayTransformer(
+        modeling.MaskDecoder(
+            transformer=modeling.TwoWayTransformer(
                 depth=2, embedding_dim=prompt_width, mlp_dim=mlp, num_heads=decoder_heads
             ),
             transformer_dim=prompt_width,
@@ -98,7 +84,7 @@ def build_sam(
     return sam.eval().requires_grad_(False)
 
 
-def load_sam(spec: str) -> Sam:
+def load_sam(spec: str) -> modeling.Sam:
     """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU.
 
     spec: "tiny" (part of this repository), or "vit_b:FILE", "vit_l:FILE", "vit_h:FILE" with an
@@ -108,49 +94,21 @@ def load_sam(spec: str) -> Sam:
     """
     size, _, path = spec.partition(":")
     if size in ("sam2", "sam3"):
-        # Few runs need it, and its imports take time.
-        from plumbing.transformers_sam import load_transformers_sam
+        from plumbing.transformers_sam import load_transformers_sam  # only with this setting
 
         return load_transformers_sam(spec)
     if size not in SAM_SIZES:
         raise UserError(f"--sam {spec}: no SAM is called {size!r}: use {KNOWN_SAMS}")
     if not path and size != "tiny":
         raise UserError(f"--sam {spec}: {size} needs its checkpoint: write {size}:FILE")
-    file = Path(path or TINY).expanduser()
-    if not file.is_file():
-        raise UserError(f"--sam {spec}: there is no file {file}")
-    given = sam_weights(read_tensors(file, f"--sam {spec}"))
-    sam = build_sam(**SAM_SIZES[size])
-    compare(
-        expected=shapes(sam.state_dict()),
-        given=shapes(given),
-        what=f"--sam {spec}: it is not a SAM {size}",
-        mend=f"name the size it belongs to: {KNOWN_SAMS}",
-    )
-    check_finite(given.items(), f"--sam {spec}", "it is damaged: fetch it again")
-    sam.load_state_dict(given)
+    build = partial(build_sam, **SAM_SIZES[size])
+    if path:
+        from plumbing.foreign import load_sam_checkpoint  # checks what other people made
+
+        return load_sam_checkpoint(build, spec, KNOWN_SAMS)
+    sam = build()
+    sam.load_state_dict(load_file(TINY))
     return sam
-
-
-def sam_weights(held: dict) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint of SAM 1, under the names of `segment_anything`.
-
-    Training programs put them beside other things, and wrappers put a prefix before each name.
-
-    >>> list(sam_weights({"epoch": 3, "model": {"module.neck": torch.ones(1)}}))
-    ['neck']
-    """
-    wrappers = ("state_dict", "model_state_dict", "model")
-    while inside := [held[name] for name in wrappers if isinstance(held.get(name), dict)]:
-        held = inside[0]
-    for prefix in ("_orig_mod.", "module.", "model."):
-        if all(str(key).startswith(prefix) for key in held):
-            held = {key.removeprefix(prefix): tensor for key, tensor in held.items()}
-    return {
-        str(key): tensor
-        for key, tensor in held.items()
-        if isinstance(tensor, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
-    }
 
 
 @lru_cache

@@ -4,7 +4,13 @@ from pathlib import Path
 
 from data import ReasonSeg, RefCOCO, Shapes
 from plumbing.errors import UserError
-from plumbing.photos import SPLITS
+
+SPLITS = {
+    "refcocog": ("train", "val", "test"),
+    "refcoco": ("train", "val", "testA", "testB"),
+    "refcoco+": ("train", "val", "testA", "testB"),
+    "reasonseg": ("train", "val", "test"),
+}
 
 EVAL_SAMPLES = 256  # the first held-out samples: evaluated before and after training
 
@@ -29,27 +35,12 @@ def load_data(spec: str, split: str, samples: int = 3000):
             from plumbing.hub import open_hub  # few runs need it, and its imports take time
 
             return open_hub(spec.removeprefix("hub:"), split, samples)
-        return open_folder(spec, split, samples)
+        name, root, part = place_of(spec, split)
+        if name == "reasonseg":
+            return ReasonSeg(root, part)
+        return RefCOCO(name, root, part, samples if split == "train" else None)
     except UserError as error:
         raise UserError(f"--data {spec}: {error}") from error
-
-
-def check_spec(spec: str) -> None:
-    """Raise UserError if `--data` cannot be trained on, whatever files there are."""
-    name, _, path = spec.partition(":")
-    if spec != "shapes" and not (name == "hub" and path):
-        try:
-            place_of(spec, "train")
-        except UserError as error:
-            raise UserError(f"--data {spec}: {error}") from error
-
-
-def open_folder(spec: str, split: str, samples: int) -> RefCOCO | ReasonSeg:
-    """Open NAME:ROOT or NAME:ROOT/SPLIT, see `load_data`."""
-    name, root, part = place_of(spec, split)
-    if name == "reasonseg":
-        return ReasonSeg(root, part)
-    return RefCOCO(name, root, part, samples if split == "train" else None)
 
 
 def place_of(spec: str, split: str) -> tuple[str, Path, str]:

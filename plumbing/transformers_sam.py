@@ -5,23 +5,15 @@ is used, the part that takes boxes and points: `--sam sam3:facebook/sam3`. Resiz
 the masks at full size are those of the model's own image processor.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import transformers
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    Sam2Config,
-    Sam2ImageProcessor,
-    Sam2Model,
-    Sam3ImageProcessor,
-    Sam3TrackerConfig,
-    Sam3TrackerModel,
-)
 
 from plumbing import weights
-from plumbing.errors import UserError
+from plumbing.errors import UserError, refusing
 
 
 class Family(NamedTuple):
@@ -36,16 +28,16 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "sam2": Family(
-        model=Sam2Model,
-        config=Sam2Config,
-        image_processor=Sam2ImageProcessor,
+        model=transformers.Sam2Model,
+        config=transformers.Sam2Config,
+        image_processor=transformers.Sam2ImageProcessor,
         model_types=("sam2", "sam2_video"),
         example="facebook/sam2-hiera-large",
     ),
     "sam3": Family(
-        model=Sam3TrackerModel,
-        config=Sam3TrackerConfig,
-        image_processor=Sam3ImageProcessor,
+        model=transformers.Sam3TrackerModel,
+        config=transformers.Sam3TrackerConfig,
+        image_processor=transformers.Sam3ImageProcessor,
         model_types=("sam3_tracker", "sam3_tracker_video", "sam3_video"),
         example="facebook/sam3",
     ),
@@ -54,7 +46,7 @@ PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 
 
 class TransformersSam(torch.nn.Module):
-    """A SAM 2 or SAM 3 with the four steps of `reward.Sam1`.
+    """A SAM 2 or SAM 3 with the four steps of `reward.Sam1`: the same arguments and results.
 
     Images are resized to a square without keeping the aspect ratio: one factor for each axis, and
     no padding.
@@ -62,7 +54,9 @@ class TransformersSam(torch.nn.Module):
 
     mask_threshold = 0.0  # of the logits, as in `post_process_masks` of the image processors
 
-    def __init__(self, model: Sam2Model | Sam3TrackerModel, image_processor):
+    def __init__(
+        self, model: transformers.Sam2Model | transformers.Sam3TrackerModel, image_processor
+    ):
         """The model is not a base class: transformers converts the names of the weights in the
         hub's folder of SAM 3 for its own classes only."""
         super().__init__()
@@ -70,17 +64,12 @@ class TransformersSam(torch.nn.Module):
         self.image_processor = image_processor
 
     def prepare(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """Resize and normalise an image.
-
-        Returns pixels (3, h, w), float32, and the factors (x, y), float64, from image pixels to
-        the pixels of the encoder's input.
-        """
-        pixels = self.image_processor(image, return_tensors="pt").pixel_values[0]
+        pixels = self.image_processor(image, return_tensors="pt").pixel_values[0]  # normalised
         factors = [pixels.shape[2] / image.width, pixels.shape[1] / image.height]
         return pixels, torch.tensor(factors, dtype=torch.float64)
 
     def encode(self, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Encode B prepared images. Returns three levels of embeddings.
+        """Encode B prepared images. Returns three levels of embeddings, not one as SAM 1:
 
         (B, C/8, 4h, 4w), (B, C/4, 2h, 2w) and (B, C, h, w). C is 256 for an official model. h and w
         are 64 for SAM 2, 72 for SAM 3, so an image takes 16 or 20 MiB.
@@ -94,27 +83,19 @@ class TransformersSam(torch.nn.Module):
         boxes: torch.Tensor | None,
         points: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N, 3, 4h, 4w) and ratings (N, 3) of the three candidates for each of N prompts.
-
-        embeddings: the levels of `encode`, float32. All three are repeated for each prompt.
-        image_index: (N,) int64, the image that each prompt is about.
-        boxes:       (N, 4) x1, y1, x2, y2, or None. In pixels of the encoder's input.
-        points:      (N, K, 2) x, y, all foreground, or None. In the same pixels. Not both None.
-        """
         output = self.model(
-            image_embeddings=[level[image_index] for level in embeddings],
+            image_embeddings=[level[image_index] for level in embeddings],  # repeated
             input_boxes=None if boxes is None else boxes[:, None],
             input_points=None if points is None else points[:, None],  # without labels: foreground
         )
         return output.pred_masks[:, 0], output.iou_scores[:, 0]
 
     def upsample(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Bring logits (G, 4h, 4w) of one image to its size (H, W): (G, H, W)."""
         resize = self.image_processor.post_process_masks
         return resize([logits[None]], [size], binarize=False)[0][0]
 
 
-def open_config(spec: str) -> tuple[PreTrainedConfig, str, dict]:
+def open_config(spec: str) -> tuple[transformers.PreTrainedConfig, str, dict]:
     """The config of a model; the folder or hub name to load it from, and options for that.
 
     Raises UserError. See `load_transformers_sam`.
@@ -131,8 +112,8 @@ def open_config(spec: str) -> tuple[PreTrainedConfig, str, dict]:
             "transformers' files of it"
         )
     path, options = weights.find_model(model, flag)
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
+    with refusing(partial(unreadable, spec, path)):
+        config = transformers.AutoConfig.from_pretrained(path, **options)
         if config.model_type in family.model_types:
             config = getattr(config, "tracker_config", config)  # of the whole SAM 3
             parts = {part: getattr(config, part) for part in PARTS}
@@ -142,8 +123,6 @@ def open_config(spec: str) -> tuple[PreTrainedConfig, str, dict]:
                 vision = parts["vision_config"]
                 vision.scale_factors = vision.scale_factors[: len(vision.backbone_feature_sizes)]
             return family.config(**parts), path, options
-    except Exception as error:  # a damaged file can raise anything
-        raise unreadable(spec, path, error) from error
     known = " or ".join(family.model_types)
     raise UserError(f"{flag}: it holds a {config.model_type}, not a {known}: {use}")
 
@@ -159,7 +138,7 @@ def load_transformers_sam(spec: str) -> TransformersSam:
     flag = f"--sam {spec}"
     family = FAMILIES[spec.partition(":")[0]]
     config, path, options = open_config(spec)
-    try:
+    with refusing(partial(unreadable, spec, path)):
         processor = family.image_processor.from_pretrained(path, **options)
         model = weights.load_model(
             kind=family.model,
@@ -169,10 +148,6 @@ def load_transformers_sam(spec: str) -> TransformersSam:
             unknown=True,  # a model for videos has more
             options={"config": config, "dtype": torch.float32, **options},
         )
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise unreadable(spec, path, error) from error
     weights.check_finite(model.state_dict().items(), flag, "its file is damaged: fetch it again")
     side = config.prompt_encoder_config.image_size
     size = processor.size
@@ -184,7 +159,7 @@ def load_transformers_sam(spec: str) -> TransformersSam:
     return TransformersSam(model, processor).eval().requires_grad_(False)
 
 
-def unreadable(spec: str, path: str, error: Exception) -> UserError:
+def unreadable(spec: str, path: str, error: Exception) -> str:
     example = FAMILIES[spec.partition(":")[0]].example
     mend = f"use a hub name such as {example}, or fetch all files of the folder again"
-    return UserError(f"--sam {spec}: {weights.unreadable(path, error, mend)}")
+    return f"--sam {spec}: {weights.unreadable(path, error, mend)}"

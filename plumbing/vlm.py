@@ -1,30 +1,15 @@
 """vlm.py - running a Qwen-VL model: loading, chat template, image features, positions."""
 
-import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import Sample, messages
-from plumbing import weights
 from plumbing.devices import choose_device, choose_dtype
-from plumbing.errors import UserError
-from plumbing.four_bit import four_bit, keep_gradients
-
-# Model types of Qwen2.5-VL and Qwen3-VL. Others may load, but answer in other coordinates
-# (Qwen2-VL) or in layers that ignore the attention mask of packed rows (Qwen3.5).
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-KNOWN = "use a Qwen2.5-VL or a Qwen3-VL, such as Qwen/Qwen2.5-VL-3B-Instruct"
+from plumbing.errors import UserError, reason_of, refusing
 
 
 @dataclass
@@ -127,78 +112,32 @@ def vlm_path(name: str) -> str:
     return str(Path(__file__).resolve().parent.parent / "tiny" / "vlm") if name == "tiny" else name
 
 
-def template_end(processor) -> str:
+def template_end(processor, vlm: str) -> str:
     """What the chat template writes of a completion: "<think>" for a thinking model, or "".
 
-    Raises ValueError if it leaves the image out, as that of a language model does.
+    Raises UserError if there is none, or if it leaves the image out, as that of a language model.
     """
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    unfit = f"--vlm {vlm}: its chat template cannot be used"
+    with refusing(lambda error: f"{unfit} ({reason_of(error)}): fetch it again"):
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     if processor.image_token not in text:
-        raise ValueError("its chat template leaves the image out: fetch the files of a VLM")
+        reason = "its chat template leaves the image out"
+        raise UserError(f"--vlm {vlm}: {reason}: fetch the files of a VLM")
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
-def check_family(config: PretrainedConfig, vlm: str) -> None:
-    """Raise UserError for a model that would be asked or trained in the wrong way."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"--vlm {vlm}: it is a {config.model_type}: {KNOWN}")
-    layers = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
-    if layers:
-        found = ", ".join(sorted(layers))
-        raise UserError(f"--vlm {vlm}: it has layers with {found}, not full attention: {KNOWN}")
-
-
-def check_processor(processor, config: PretrainedConfig, vlm: str) -> None:
-    """Raise UserError if the processor's files belong to another model."""
-    image, tokens, vision = processor.image_processor, processor.tokenizer, config.vision_config
-    of_files = image.patch_size, image.merge_size, processor.image_token_id
-    of_model = vision.patch_size, vision.spatial_merge_size, config.image_token_id
-    if of_files != of_model or len(tokens) > config.text_config.vocab_size:
-        raise UserError(
-            f"--vlm {vlm}: its processor or tokenizer is of another model (patch, merge, image "
-            f"token {of_files} in place of {of_model}, {len(tokens)} tokens): fetch all files again"
-        )
-
-
 def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, options: dict):
-    """The processor and the model that --vlm names, with all of its weights and no others.
+    """The processor and the model that --vlm names. options: of `from_pretrained`."""
+    # `grpo.group_logprobs` relies on the boolean masks of sdpa.
+    options = {"dtype": dtype, "attn_implementation": "sdpa", **options}
+    if vlm != "tiny":
+        from plumbing.foreign import open_foreign_model  # checks what other people made
 
-    options: of `from_pretrained`. Raises UserError.
-    """
-    path, found = weights.find_model(vlm_path(vlm), f"--vlm {vlm}")
-    flag = f"--vlm {vlm}"
-    try:
-        config = AutoConfig.from_pretrained(path, **found)
-        check_family(config, vlm)
-        if quantised := getattr(config, "quantization_config", None):
-            method = quantised["quant_method"]
-            flag += f": config.json says that its weights are quantised ({method})"
-        if Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file():
-            raise UserError(f"{flag}: tokenizer_config.json is missing: fetch it too")
-        processor = AutoProcessor.from_pretrained(path, **found)
-        check_processor(processor, config, vlm)
-        # `grpo.group_logprobs` relies on the boolean masks of sdpa.
-        options = {"dtype": dtype, "attn_implementation": "sdpa", **found, **options}
-        model = weights.load_model(
-            kind=AutoModelForImageTextToText,
-            path=path,
-            flag=flag,
-            mend="fetch all files of its folder again",
-            unknown=False,
-            options=options,
-        ).to(device)
-        template_end(processor)  # raises an error without a chat template
-    except UserError:
-        raise
-    except Exception as error:  # a folder that holds no model, or a damaged one, can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(path, error)}") from error
-    mend = "its file is damaged: fetch it again"
-    if model.dtype == torch.float16:
-        mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"
-    held = [(name, x) for name, x in model.named_parameters() if x.is_floating_point()]  # not 4 bit
-    weights.check_finite(held, f"{flag} in {model.dtype}", mend)
-    return processor, model
+        return open_foreign_model(vlm, device, options)
+    path = vlm_path(vlm)
+    model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device)
+    return AutoProcessor.from_pretrained(path), model
 
 
 def check_side(processor, patch: int, side: int, vlm: str) -> None:
@@ -232,10 +171,15 @@ def load_vlm(
     device = choose_device(device)
     in_4bit = dtype == "4bit"
     dtype = choose_dtype(dtype, device, tiny=name == "tiny")
-    options = four_bit(name == "tiny", dtype, device) if in_4bit else {}
+    options = {}
+    if in_4bit:
+        from plumbing.four_bit import four_bit, keep_gradients  # only with this setting
+
+        options = four_bit(name == "tiny", dtype, device)
     processor, model = open_model(name, dtype, device, options)
+    if in_4bit:
+        keep_gradients(model)
     config = model.config
-    keep_gradients(model)
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # such small matrices are slower when threads share them
     if name == "tiny":
@@ -244,6 +188,8 @@ def load_vlm(
     if coordinates == "pixels":
         check_side(processor, config.vision_config.patch_size, side, name)
     if adapter != "none":
+        from plumbing.foreign import load_adapter  # only with this setting
+
         model = load_adapter(model, adapter)
     ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends
@@ -260,89 +206,6 @@ def load_vlm(
         coordinates=coordinates,
         end=torch.tensor(ends, device=device),
         banned=torch.tensor([getattr(config, token) for token in names], device=device),
-        opening=template_end(processor),
+        opening=template_end(processor, name),
         scaler=torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16),
     )
-
-
-def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor]]:
-    """The folder of a trained adapter, its configuration, and its weights. Raises UserError."""
-    flag = f"--adapter {adapter}"
-    folder = Path(adapter).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{flag}: no adapter_config.json there: name a RUN/adapter")
-    file = weights.adapter_file(folder, flag)
-    tensors = weights.read_tensors(file, flag)
-    weights.check_finite(tensors.items(), f"{flag}: {file.name}", "it is damaged: fetch it again")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of keys that it does not know, see below
-            config = PeftConfig.from_pretrained(folder)
-        stated = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        # A newer version writes its new keys into every file. Null, false or {} is a method unused.
-        ignored = [key for key, value in stated.items() if value and not hasattr(config, key)]
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
-    if ignored:
-        keys = ", ".join(ignored)
-        raise UserError(f"{flag}: this peft does not know its {keys}: pip install -U peft")
-    if config.is_prompt_learning:
-        raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
-    start = str(getattr(config, "init_lora_weights", ""))
-    if getattr(config, "alora_invocation_tokens", None) or "niter" in start:
-        reason = "it acts after some tokens only, or on base weights that were found at random"
-        raise UserError(f"{flag}: {reason}, which cannot be done here: use a plain LoRA")
-    return folder, config, tensors
-
-
-def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
-    """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
-    flag = f"--adapter {adapter}"
-    folder, config, tensors = read_adapter(adapter)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # `check_keys` reports the same
-            model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
-            # A second time, because only this returns which keys were not used.
-            keys = model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
-    except Exception as error:  # a damaged file can raise anything
-        reason = weights.unreadable(str(folder), error)
-        raise UserError(f"{flag}: it does not fit: {reason}") from error
-    missing = {key.replace(".default", "") for key in keys.missing_keys}
-    expected = weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False))
-    weights.check_keys(
-        missing=missing - tensors.keys(),
-        unknown=keys.unexpected_keys,
-        sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
-        what=flag,
-        mend=f"it was trained on {config.base_model_name_or_path}: use that --vlm, or "
-        "fetch it again",
-    )
-    return model
-
-
-def continue_adapter(model: PeftModel, adapter: str) -> None:
-    """Give the untrained adapter of a model the weights of a trained one, in the folder `adapter`.
-
-    Both must be LoRA of one rank on the same layers. A trained one of another scale, alpha / rank,
-    is scaled in its factor B, so that it does the same. Raises UserError if it does not fit.
-    """
-    flag = f"--adapter {adapter}"
-    _, given, tensors = read_adapter(adapter)
-    ours = model.active_peft_config
-    if given.peft_type != ours.peft_type:
-        raise UserError(f"{flag}: it is a {given.peft_type}, not LoRA: name another")
-    # These train other weights, or scale or start from them, so that the base model differs too.
-    plain = given.init_lora_weights in (True, False, "gaussian")
-    if given.use_rslora or given.use_dora or given.alpha_pattern or not plain:
-        raise UserError(f"{flag}: it is a variant of LoRA (adapter_config.json): name another")
-    if given.r != ours.r:
-        raise UserError(f"{flag}: its rank is {given.r}: use --lora_rank {given.r}")
-    weights.compare(
-        expected=weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False)),
-        given=weights.shapes(tensors),
-        what=flag,
-        mend=f"it was trained on {given.base_model_name_or_path}: use that --vlm, or an adapter on "
-        "all linear layers of the language model and no others",
-    )
-    scale = given.lora_alpha / ours.lora_alpha
-    scaled = {key: x * scale if ".lora_B." in key else x for key, x in tensors.items()}
-    set_peft_model_state_dict(model, scaled)

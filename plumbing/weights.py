@@ -67,6 +67,8 @@ def read_tensors(file: Path, flag: str) -> dict:
     Raises UserError if it cannot be read.
     """
     try:
+        if not file.is_file():
+            raise UserError(f"{flag}: there is no file {file}")
         if fault := fault_of(file):
             raise UserError(f"{flag}: {file} {fault}")
         if file.suffix == ".safetensors":

@@ -20,9 +20,9 @@ from grpo import Completions, group_logprobs
 from plumbing.errors import UserError
 from plumbing.scenes import interior_points
 from plumbing.settings import parse_settings
-from plumbing.starts import append_tokens
 from plumbing.vlm import load_vlm
 from tiny.make_vlm import write_answer
+from tools.starts import append_tokens
 
 QUICK = "--prompts_per_step 2 --group_size 4 --max_new_tokens 32"
 RISE = [(step - 0.5) / 100 for step in range(1, 101)]  # its centred mean is the curve itself

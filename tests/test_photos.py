@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
-from data import BadSample, ReasonSeg, RefCOCO, subsample
+from data import INSTALL_CV2, BadSample, ReasonSeg, RefCOCO, subsample
 from plumbing import photos
 from plumbing.errors import UserError
 from plumbing.photos import check_query, coco_mask, labelme_masks
@@ -440,7 +440,7 @@ def cv2():
     module = pytest.importorskip("cv2")
     version = tuple(map(int, module.__version__.split(".")[:2]))
     if version >= (4, 11):
-        pytest.skip(f"OpenCV {module.__version__} fills polygons differently: {photos.INSTALL_CV2}")
+        pytest.skip(f"OpenCV {module.__version__} fills polygons differently: {INSTALL_CV2}")
     return module
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 import samr1_mini
 from data import Sample, messages
-from plumbing import answers, pictures, prompts, protocols, rewards
+from plumbing import answers, evaluation, pictures, rewards, segzero
+from plumbing.errors import UserError
 from plumbing.sam import load_sam
 from plumbing.settings import parse_settings
 from plumbing.sources import load_data
@@ -31,7 +32,7 @@ from reward import (
 )
 
 
-@pytest.mark.parametrize("module", [protocols, prompts, answers])
+@pytest.mark.parametrize("module", [evaluation, segzero, answers])
 def test_docstring_examples(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed
@@ -64,9 +65,13 @@ def test_the_counts_of_both_protocols(mask, truth, ignore, readable, lisa, segze
     intersection, union = (x[None] for x in counts)  # (1, 3)
     overlap = Overlap(intersection, union, torch.ones(1, 3, dtype=torch.bool), [masks])
     sample = Sample(Image.new("RGB", (6, 1)), "q", truth, ignore if ignore.any() else None, "")
+    row = {}
+    for k, prefix in enumerate(("", "ceiling_", "boxonly_")):
+        for name in ("intersection", "union", "iou"):
+            row[prefix + name] = getattr(overlap, name)[0, k].item()
     for headline in ("lisa", "segzero"):
         s = parse_settings("eval", ["--protocol", headline])
-        found = protocols.count(overlap, 0, sample, readable, s)
+        found = evaluation.count(row, masks, sample, readable, s)
         for name, expected in (("lisa", lisa), ("segzero", segzero)):
             assert counts_of(found[name], "") == pytest.approx(expected)
             assert counts_of(found[name], "boxonly_") == pytest.approx(expected)
@@ -224,7 +229,7 @@ def test_segzeros_answers_are_read_as_in_its_evaluation(text, valid, box, points
     ],
 )
 def test_what_seg_zeros_protocol_counts(style, body, readable):
-    assert protocols.is_readable(parse_answer(wrap(body), style), style) == readable
+    assert evaluation.is_readable(parse_answer(wrap(body), style), style) == readable
 
 
 @pytest.mark.filterwarnings("ignore:invalid")  # pytest forgets the filter of answers.py
@@ -250,20 +255,20 @@ def test_eval_with_visionreasoners_prompt(tmp_path, monkeypatch, capsys):
         box = np.multiply(rewards.true_box(scene.mask), np.tile(scale, 2))
         lists.append([{"bbox_2d": list(box), "point_2d": list(point)}, second])
     answer_with(monkeypatch, [wrap(json.dumps(objects)) for objects in lists])
-    drawn = Mock(wraps=pictures.sheet)
-    monkeypatch.setattr(pictures, "sheet", drawn)
+    drawn = Mock(wraps=pictures.draw_answer)
+    monkeypatch.setattr(pictures, "draw_answer", drawn)
     rows, results = evaluate(tmp_path / "run", "--limit", "2", *FLAGS)
     assert [row["box_iou"] for row in rows] == pytest.approx([1, 1])
     texts = [[wrap(json.dumps([one])) for one in objects] for objects in lists]
     options = dict(keep_masks=True, style="visionreasoner")
     alone = score_completions(SamScorer(load_sam("tiny")), scenes, texts, 64, **options)
-    sheet = {one.id: mask for one, _, mask, _ in drawn.call_args.args[0]["best"]}
+    sheet = [mask for _, _, mask, _, _ in (call.args for call in drawn.call_args_list)]
     for b, (row, scene) in enumerate(zip(rows, scenes, strict=True)):
         union = alone.overlap.masks[b].any(0).numpy()
         assert row["intersection"] == (union & scene.mask).sum() > 0
         assert row["union"] == (union | scene.mask).sum() > alone.overlap.union[b, 0]
         assert row["boxonly_union"] > scene.mask.sum() * 1.2  # both boxes
-        assert np.array_equal(sheet[row["id"]], union)
+        assert any(np.array_equal(mask, union) for mask in sheet)
     assert results["base"]["format"] == results["base"]["points"] == 1
 
 
@@ -278,3 +283,9 @@ def test_segment_and_train_read_the_form_that_they_asked_for(tmp_path, monkeypat
     quick = "--steps 1 --prompts_per_step 2 --group_size 2".split()
     samr1_mini.main(["train", *quick, *FLAGS, "--out", f"{tmp_path}/run"])
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["answer_format"] == 1
+
+
+def test_what_was_counted_otherwise_is_refused():
+    rows = [{"id": "1", "query": "it", "segzero": {}}]
+    with pytest.raises(UserError, match="--against a.jsonl.*not counted by --protocol l"):
+        evaluation.compare(rows, rows, "lisa", "a.jsonl")

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo import Completions
-from plumbing import pictures
+from plumbing import evaluation, pictures
 from plumbing.errors import UserError
 from reward import SamPrompt, score_completions
 from tools import report
@@ -125,7 +125,7 @@ def test_the_evaluation_sheet_shows_best_median_and_worst(samples, scorer):
     rows = [{"iou": iou, "box": (5.0, 5.0, 40.0, 40.0), "points": ()} for iou in ious]
     rows[3] = {"skipped": "unreadable"}
     ranked = sorted((row["iou"] for row in rows if "iou" in row), reverse=True)
-    figure = pictures.evaluation_sheet(rows, scorer, samples * 2, SamPrompt, count=2)
+    figure = evaluation.evaluation_sheet(rows, scorer, samples * 2, SamPrompt, count=2)
     picked = ("best", ranked[:2]), ("median", ranked[4:6]), ("worst", ranked[-2:])
     expected = [f"{name}: IoU {iou:.2f}" for name, part in picked for iou in part]
     assert [axes.get_title() for axes in figure.axes] == expected
@@ -162,7 +162,7 @@ def test_other_scripts_have_their_font_or_a_note(installed, samples, rolled, tmp
     fontManager.addfont(font)
     pictures.font_of.cache_clear()
     mask = rolled.scores.overlap.masks[0][0].numpy()
-    figure = pictures.found(
+    figure = evaluation.found(
         samples[0].image, "红色的圆形 A", mask, rolled.scores.prompts[0][0], "红 B"
     )
     pixels_of(figure)
@@ -183,7 +183,7 @@ def test_pictures_of_any_shape_are_drawn_with_any_text(size):
     mask = np.ones(size[::-1], bool)
     prompt = SamPrompt((0, 0, 1, 1), ((1, 1),))
     assert max(pictures.answer_picture(image, mask, prompt, mask).size) == 320
-    figure = pictures.found(image, "is it $5 or $6?", mask, prompt, "$x_")
+    figure = evaluation.found(image, "is it $5 or $6?", mask, prompt, "$x_")
     width, height = figure.get_size_inches()
     assert figure.axes[0].get_title() == "is it $5 or $6?" and width == 7 and height <= 30
     assert pixels_of(figure).any()

@@ -1,4 +1,4 @@
-"""Tests of reward.py, plumbing/answers.py, plumbing/sam.py and plumbing/rewards.py against
+"""Tests of reward.py, plumbing/answers.py, plumbing/sam.py and plumbing/segzero.py against
 SamPredictor, pycocotools, a regular expression, and numbers worked out by hand."""
 
 import copy
@@ -25,11 +25,12 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 import reward
 from data import Shapes
-from plumbing import rewards
+from plumbing import segzero
 from plumbing.errors import UserError
-from plumbing.rewards import ACCURACY, box_ious, segzero_reward, true_box
+from plumbing.rewards import ACCURACY, box_ious, true_box
 from plumbing.sam import build_sam, folded_attention, load_sam
 from plumbing.scenes import interior_points
+from plumbing.segzero import segzero_reward
 from reward import Answer, Overlap, SamPrompt, SamScorer, parse_answer, score_completions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -640,7 +641,7 @@ def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, ex
 )
 def test_segzero_rewards_points_near_the_labels_or_in_the_mask(monkeypatch, points, near, in_mask):
     labels = ((300, 130), (500, 270))
-    monkeypatch.setattr(rewards, "interior_points", lambda mask: labels)
+    monkeypatch.setattr(segzero, "interior_points", lambda mask: labels)
     assert thirds(drawn(), TRUE_BOX, points) == 2 + near
     assert thirds(drawn(), TRUE_BOX, points, in_mask=True) == 2 + in_mask
 
@@ -651,7 +652,7 @@ def test_segzero_measures_in_pixels_of_840_along_each_axis(monkeypatch):
     sample = drawn(210, 840, box)
     for right, down, close in ((4.9, 0, True), (5, 0, False), (0, 19.9, True), (0, 20, False)):
         assert thirds(sample, tuple(np.add(box, (right, down, right, down)))) == 1 + close
-    monkeypatch.setattr(rewards, "interior_points", lambda mask: ((150, 150), (150, 250)))
+    monkeypatch.setattr(segzero, "interior_points", lambda mask: ((150, 150), (150, 250)))
     assert thirds(sample, box, ((174, 150), (174, 250))) == 3  # 96 to the right
     assert thirds(sample, box, ((176, 150), (176, 250))) == 2  # 104
     assert thirds(sample, box, ((150, 202), (150, 298))) == 3  # 52 and 48 down

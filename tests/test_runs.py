@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from data import BadSample, Shapes
 from grpo import Completions
-from plumbing import runs, settings
+from plumbing import evaluation, runs, settings
 from plumbing.errors import UserError, continued_by, exit_with_one_line
 from plumbing.settings import parse_settings
 
@@ -136,7 +136,7 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"skipped": "no file"}\n' * 4)
     s = SimpleNamespace(resume=True)
     with pytest.raises(UserError, match="--limit 1: .*4 answers"):
-        runs.start_answers(tmp_path, s, count=1)
+        evaluation.start_answers(tmp_path, s, count=1)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
     assert not (tmp_path / "config.json").exists()

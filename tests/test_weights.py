@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import samr1_mini
 from examples import trl_grpo
-from plumbing import runs, sam, weights
+from plumbing import foreign, runs, weights
 from plumbing.errors import UserError
+from plumbing.foreign import continue_adapter, load_adapter
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
-from plumbing.vlm import continue_adapter, load_adapter, load_vlm, vlm_path
+from plumbing.vlm import load_vlm, vlm_path
 from tools import merge
 
 TINY = Path(vlm_path("tiny"))
@@ -80,7 +81,7 @@ def old_names(held: dict) -> dict:
     return {key.replace("model.language_model.layers", "model.layers"): held[key] for key in held}
 
 
-@pytest.mark.parametrize("module", [weights, sam])
+@pytest.mark.parametrize("module", [weights, foreign])
 def test_docstring_examples(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed

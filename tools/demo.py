@@ -26,9 +26,9 @@ from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.photos import check_plain, check_query, read_picture
 from plumbing.settings import Models, parse, setting
-from plumbing.starts import read_with_starts
 from reward import Scores, score_completions
 from samr1_mini import load_policy, load_scorer, sample_completions
+from tools.starts import read_with_starts
 
 SCENES = Shapes("heldout")
 FIRST = 2  # number of the scene that the page opens with: three shapes that stand apart

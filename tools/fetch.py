@@ -28,9 +28,9 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from data import read_expressions
+from data import PHOTOGRAPHS, REFS, read_expressions
 from plumbing.errors import UserError, exit_with_one_line, reason_of
-from plumbing.photos import PHOTOGRAPHS, REFS, read_image
+from plumbing.photos import read_image
 from plumbing.sources import EVAL_SAMPLES, SPLITS
 
 # This server is offline more often than not, so the Internet Archive is the first mirror.

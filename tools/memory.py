@@ -16,15 +16,16 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from grpo import LOGITS_AT_ONCE
 from plumbing.devices import named_device
 from plumbing.errors import UserError, exit_with_one_line
+from plumbing.foreign import check_family
 from plumbing.four_bit import check_widths
-from plumbing.published import published_config
 from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
 from plumbing.settings import Settings, parse, rollout_prompts
-from plumbing.sources import check_spec
+from plumbing.sources import place_of
 from plumbing.transformers_sam import FAMILIES, open_config
-from plumbing.vlm import check_family, vlm_path
+from plumbing.vlm import vlm_path
 from reward import DECODER_BYTES
 from samr1_mini import LORA_TARGETS
+from tools.published import published_config
 
 Parts = dict[str, tuple[int, str]]  # name of a part: its bytes, and how they are computed
 
@@ -59,6 +60,16 @@ def expected_memory(s) -> dict[str, Parts]:
         "reward": policy | sam,
         "update": weights | update_parts(s, text, P, width),
     }
+
+
+def check_spec(spec: str) -> None:
+    """Raise UserError if `--data` cannot be trained on, whatever files there are."""
+    name, _, path = spec.partition(":")
+    if spec != "shapes" and not (name == "hub" and path):
+        try:
+            place_of(spec, "train")
+        except UserError as error:
+            raise UserError(f"--data {spec}: {error}") from error
 
 
 def policy_parts(s, config: PretrainedConfig, width: int) -> Parts:

@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from plumbing.errors import UserError, exit_with_one_line, reason_of
+from plumbing.foreign import load_adapter
 from plumbing.runs import share_weights
-from plumbing.vlm import load_adapter, open_model
+from plumbing.vlm import open_model
 
 
 def merge(vlm: str, adapter: Path, out: Path) -> None:

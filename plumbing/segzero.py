@@ -1,0 +1,92 @@
+"""segzero.py - what Seg-Zero and VisionReasoner do otherwise: their requests, and a reward.
+
+Seg-Zero (arXiv 2503.06520) is the closest earlier system. The public checkpoints of both were
+trained with one wording each. The wordings here are our own. They keep what an answer depends on:
+its keys, two points or one, and an example with numbers. Neither has a system message of its own,
+so the chat template's default stands.
+"""
+
+import numpy as np
+import torch
+
+from plumbing.rewards import box_ious, true_box
+from plumbing.scenes import interior_points, points_inside
+
+SEGZERO = """Find in this image: {query}
+
+Look at what sets the objects apart and decide on the one that fits the request best. Write your \
+thinking between <think> and </think>, then your answer between <answer> and </answer>. The answer \
+is JSON for this one object: its box and the centres of the two largest circles that fit inside \
+it, {units}. An example of the form:
+
+<think>your thinking</think><answer>{{"bbox": [12, 96, 214, 230], "points_1": [40, 118], \
+"points_2": [52, 190]}}</answer>"""
+
+VISIONREASONER = """Find in this image: {query}
+
+Look at what sets the objects apart and decide on all that fit the request. Write your thinking \
+between <think> and </think>, then your answer between <answer> and </answer>. The answer is a \
+JSON list with the box of each of these objects and one point inside it, {units}. An example of \
+the form:
+
+<think>your thinking</think><answer>[{{"bbox_2d": [12, 96, 214, 230], "point_2d": [40, 118]}}, \
+{{"bbox_2d": [230, 302, 711, 790], "point_2d": [306, 415]}}]</answer>"""
+
+REQUESTS = {"segzero": SEGZERO, "visionreasoner": VISIONREASONER}
+
+# What the evaluations of the two systems strip from both ends of a query.
+STRIPPED = {"segzero": ".", "visionreasoner": '."?!'}
+
+
+def plain_query(query: str, style: str) -> str:
+    """A query as the evaluation of its system asks it: in lower case, without its closing sign.
+
+    >>> plain_query("What keeps the rain off?", "segzero"), plain_query("The cup.", "segzero")
+    ('what keeps the rain off?', 'the cup')
+    >>> plain_query("What?", "visionreasoner")
+    'what'
+    """
+    return query.lower().strip(STRIPPED[style])
+
+
+def segzero_reward(
+    samples: list, prompts: list[list], extent: float, in_mask: bool
+) -> torch.Tensor:
+    """Seg-Zero's reward for boxes and points, (B, G), 4/3 for each of three conditions:
+
+    box IoU above 0.5; mean L1 distance of the box's coordinates below 10 pixels; both points in the
+    true box and, on average, within 100 pixels of two labelled points. Pixels are those of an
+    840 x 840 image. A smaller policy image is coarser: there the 10 are two of its pixels.
+
+    prompts: B lists of G `reward.SamPrompt`, in image pixels.
+    extent:  of `reward.sam_prompt`.
+    in_mask: a stronger label, each point must lie in the true mask. The labelled points are
+             `interior_points` of the true mask.
+    """
+    nearest = max(10, 2 * 840 / extent)
+    reward = (box_ious(samples, prompts) > 0.5).float()
+    for b, (sample, group) in enumerate(zip(samples, prompts, strict=True)):
+        truth = true_box(sample.mask)
+        for g, prompt in enumerate(group):
+            if truth is not None and prompt.box is not None:
+                size = np.array(sample.image.size)
+                distance = np.abs(np.subtract(prompt.box, truth)) * np.tile(840 / size, 2)
+                reward[b, g] += bool(distance.mean() < nearest)
+                reward[b, g] += good_points(prompt.points, sample.mask, truth, in_mask)
+    return reward * 4 / 3
+
+
+def good_points(points: tuple, mask: np.ndarray, truth: tuple[float, ...], in_mask: bool) -> bool:
+    """Whether two points (x, y), image pixels, meet Seg-Zero's condition. truth: the true box."""
+    if len(points) < 2:
+        return False
+    if in_mask:
+        return points_inside(points, mask) == 1
+    points = np.array(points)
+    size = np.array(mask.shape[::-1])
+    labels = np.array(interior_points(mask))
+    inside = (points >= truth[:2]).all() and (points <= truth[2:]).all()
+    distances = [
+        np.linalg.norm((points - two) * 840 / size, axis=1).mean() for two in (labels, labels[::-1])
+    ]
+    return bool(inside and min(distances) < 100)
