@@ -41,9 +41,10 @@ import samr1_mini
 from data import Sample, messages
 from plumbing import pictures, runs
 from plumbing.errors import UserError, exit_with_one_line
+from plumbing.foreign import continue_adapter
 from plumbing.settings import Settings, parse
 from plumbing.sources import load_data
-from plumbing.vlm import Policy, continue_adapter, load_vlm
+from plumbing.vlm import Policy, load_vlm
 from reward import SamScorer, score_completions
 
 # Our names in metrics.jsonl, by TRL's. The first five are logged by the reward.

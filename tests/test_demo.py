@@ -48,7 +48,8 @@ def test_the_base_model_continues_from_a_start_as_generate_does(asker, start):
     """transformers' `generate` reads the prompt and the start as one text, without any adapter."""
     processor = asker.policy.processor
     model = AutoModelForImageTextToText.from_pretrained(vlm_path("tiny"), dtype=torch.float32)
-    for one in (demo.drawn_scene(2), demo.drawn_scene(4)):  # a tall one and a wide one
+    scenes = (demo.drawn_scene(2), demo.drawn_scene(4))  # a tall one and a wide one
+    for one in scenes:
         chat = [messages(one.query, "brief", "pixels", 64)]
         text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)[0]
         image = one.image.resize((64, 64))
@@ -56,7 +57,7 @@ def test_the_base_model_continues_from_a_start_as_generate_does(asker, start):
         ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
         rest = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert asker.complete(one, False, start) == start + rest
-    assert asker.complete(one, True) != asker.complete(one, False)
+    assert any(asker.complete(one, True) != asker.complete(one, False) for one in scenes)
 
 
 def test_a_thinking_model_gets_its_tag_once(asker, monkeypatch):

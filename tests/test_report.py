@@ -426,7 +426,7 @@ def test_a_large_picture_is_drawn_small_in_its_own_pixels(monkeypatch):
     drawn = []
     for most in (300, 100):
         monkeypatch.setattr(pictures, "DRAWN", most)
-        axes = pictures.found(image, "q", mask, prompt, "").axes[0]
+        axes = evaluation.found(image, "q", mask, prompt, "").axes[0]
         drawn.append((axes.get_xlim(), axes.get_ylim(), axes.images[0].get_array().shape[:2]))
         (outline,) = [c for c in axes.collections if isinstance(c, ContourSet)]
         corners = outline.get_paths()[0].get_extents().get_points().ravel()

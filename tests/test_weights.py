@@ -14,7 +14,6 @@ from peft import LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import samr1_mini
-from examples import trl_grpo
 from plumbing import foreign, runs, weights
 from plumbing.errors import UserError
 from plumbing.foreign import continue_adapter, load_adapter
@@ -393,14 +392,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_stays(change, message, tm
     assert contents(out) == before
 
 
-def test_a_resume_of_trl_checks_the_adapter(tmp_path):
-    model = get_peft_model(open_tiny("tiny").model, lora())
-    model.save_pretrained(tmp_path)
-    trl_grpo.check_checkpoint(tmp_path, model)
-    rewrite(tmp_path / FILE, old_names)
-    assert "lacks 42" in refused(trl_grpo.check_checkpoint, tmp_path, model)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", [1, 2])
 def test_training_that_diverges_keeps_the_last_checkpoint(passes, tmp_path, monkeypatch):
@@ -597,4 +588,4 @@ def test_a_checkpoint_of_another_form_is_refused(change, tmp_path):
     before.save(1, samr1_mini.parse_settings("train", []), results)
     assert checkpoint(tmp_path).load() == (1, results)
     torch.save(torch.load(before.file, weights_only=True) | change, before.file)
-    assert "state.pt does not fit" in refused(checkpoint(tmp_path).load)
+    assert "does not fit" in refused(checkpoint(tmp_path).load)
