@@ -1,5 +1,8 @@
-"""Small data sets in the formats of the published ones, and a web server that fails on demand.
+"""What several test files need: commands and their files, small data sets in the formats of the
+published ones, and a web server that fails on demand.
 
+run(command), refused(action)               a command of samr1_mini.py; the message of a UserError
+read_rows(file), contents(folder)           a log of a run; all bytes in a folder
 make_refcocog(root), make_refcoco(root)     REFER's layout: refs(...).p, instances.json, photographs
 make_reasonseg(root)                        LISA's layout: labelme polygons, UTF-8 and cp1252
 serve()                                     see `Host`
@@ -20,10 +23,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
+
+import samr1_mini
+from plumbing.errors import UserError
 
 IMAGES = Path("images", "mscoco", "images", "train2014")
 PYTHON2 = Path(__file__).with_name("refs_python2.p")
+
+
+def run(command: str, *more: object) -> None:
+    samr1_mini.main([*command.split(), *map(str, more)])
+
+
+def refused(action, *arguments: object, **named: object) -> str:
+    """The message of the UserError that an action raises. It must be one line."""
+    with pytest.raises(UserError) as error:
+        action(*arguments, **named)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def picture(
@@ -57,11 +85,6 @@ def runs(mask: np.ndarray) -> list[int]:
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, flat.size]).tolist()
     return [0, *counts] if flat[0] else counts
-
-
-# --------------------------------------------------------------------------------------------------
-# RefCOCO
-# --------------------------------------------------------------------------------------------------
 
 
 def make_refcocog(root: Path, images: bool = True) -> SimpleNamespace:
@@ -117,11 +140,6 @@ def make_refer(root: Path, name: str, refs_name: str, splits: list[str], images:
     for file_name, content in jpegs.items() if images else ():
         (root / IMAGES / file_name).write_bytes(content)
     return SimpleNamespace(root=root, name=name, refs=refs, instances=instances, jpegs=jpegs)
-
-
-# --------------------------------------------------------------------------------------------------
-# ReasonSeg
-# --------------------------------------------------------------------------------------------------
 
 
 def shape(label: str, *points: tuple[float, float], kind: str = "polygon", **more) -> dict:
@@ -195,11 +213,6 @@ def make_reasonseg(
             content = json.dumps(note, ensure_ascii=False).encode("utf-8" if k else "cp1252")
             (folder / f"{name}.json").write_bytes(content)
     return SimpleNamespace(root=Path(root), names=sorted(REASONSEG))
-
-
-# --------------------------------------------------------------------------------------------------
-# A web server
-# --------------------------------------------------------------------------------------------------
 
 
 class Host:

@@ -37,11 +37,6 @@ def asker(tmp_path_factory):
     return demo.Asker(DemoSettings(adapter=str(folder)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Asking the models
-# --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("start", ["", "<think>the red star is at the top left</think>"])
 def test_the_base_model_continues_from_a_start_as_generate_does(asker, start):
     """transformers' `generate` reads the prompt and the start as one text, without any adapter."""
@@ -83,14 +78,7 @@ def test_an_answer_shows_the_reward_of_training_if_the_true_mask_is_known(asker,
     assert not (np.asarray(picture) == (0, 255, 0)).all(2).any()
 
 
-# --------------------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("query", "thought"), [("", ""), ("<|image_pad|>", ""), ("a", "<|im_end|>")]
-)
+@pytest.mark.parametrize(("query", "thought"), [("", ""), ("a", "<|im_end|>")])
 def test_texts_that_no_policy_should_read_are_refused(asker, query, thought):
     with pytest.raises((UserError, ValueError), match="query|thought"):
         demo.answer(asker, True, demo.drawn_scene(2), query, thought)
@@ -138,11 +126,6 @@ def test_a_port_in_use_is_named(monkeypatch):
 
 def test_the_page_is_for_this_machine_unless_asked_otherwise():
     assert DemoSettings().host == "127.0.0.1"
-
-
-# --------------------------------------------------------------------------------------------------
-# The page in a browser
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,17 +1,11 @@
 """Intervals of gIoU and cIoU over the images."""
 
-import doctest
 import math
 
 import numpy as np
 import pytest
 
 from plumbing import intervals
-
-
-def test_docstring_examples():
-    failed, tried = doctest.testmod(intervals)
-    assert tried and not failed
 
 
 def test_images_that_are_right_or_wrong_follow_the_binomial_distribution():

@@ -1,6 +1,5 @@
 """The two ways to count an evaluation, and prompts and answers of other systems' checkpoints."""
 
-import doctest
 import json
 import re
 from unittest.mock import Mock
@@ -10,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import make_reasonseg
+from makers import make_reasonseg, read_rows, run
 from PIL import Image
 
 import samr1_mini
 from data import Sample, messages
-from plumbing import answers, pictures, prompts, protocols, rewards
+from plumbing import pictures, protocols, rewards
 from plumbing.sam import load_sam
 from plumbing.settings import parse_settings
 from plumbing.sources import load_data
@@ -29,17 +28,6 @@ from reward import (
     sam_prompt,
     score_completions,
 )
-
-
-@pytest.mark.parametrize("module", [protocols, prompts, answers])
-def test_docstring_examples(module):
-    failed, tried = doctest.testmod(module)
-    assert tried and not failed
-
-
-# --------------------------------------------------------------------------------------------------
-# Protocols
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -86,9 +74,8 @@ def answer_with(monkeypatch, texts):
 
 def evaluate(out, *flags):
     """Rows and results of an evaluation."""
-    samr1_mini.main(["eval", "--out", str(out), *flags])
-    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    return rows, json.loads((out / "eval.json").read_text())
+    run("eval --out", out, *flags)
+    return read_rows(out / "answers.jsonl"), json.loads((out / "eval.json").read_text())
 
 
 def wrap(body):
@@ -128,11 +115,6 @@ def test_an_evaluation_on_reasonseg_has_both_columns(tmp_path, monkeypatch, caps
     assert ("probably counted by --protocol segzero" in said) == (protocol == "lisa")
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts of other systems
-# --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("style, points", [("segzero", 2), ("visionreasoner", 1)])
 def test_the_example_of_a_prompt_is_a_valid_answer(style, points):
     (user,) = messages("The {red} Thing.", style, "pixels", 840)  # without a system message
@@ -154,19 +136,16 @@ OTHER = ((50, 50, 60, 62), ((55, 56),))
 @pytest.mark.parametrize(
     "body, valid, box, points, others",
     [
-        (f"[{ONE}]", True, BOX, POINT, ()),
         (f"```json\n[{ONE},]\n```".replace('"', "'"), True, BOX, POINT, ()),
         (f"[{ONE}, {SECOND}, {SECOND}]", True, BOX, POINT, (OTHER, OTHER)),
         # Valid objects stay, and the format is that of a list without errors.
         (f"[{ONE}, 5, {SWAPPED}, {SECOND}]", False, BOX, POINT, (OTHER,)),
-        (f"[{SWAPPED}, {ONE}]", False, BOX, POINT, ()),
         (f"[{ONE}, [{SECOND}]]", False, BOX, POINT, ()),
         ('[{"bbox_2d": [1, 2, 30, 40]}]', False, BOX, (), ()),
-        ('[{"point_2d": [5, 6]}]', False, None, POINT, ()),
         (f"[{ONE}]".replace("1,", "NaN,"), False, None, POINT, ()),
-        *((ONE, False, BOX, POINT, ()), (f"So: [{ONE}].", False, BOX, POINT, ())),
-        (f"[{ONE} {SECOND}]", False, None, (), ()),  # no comma
-        *(("[]", False, None, (), ()), ("[null]", False, None, (), ()), ("5", False, None, (), ())),
+        (ONE, False, BOX, POINT, ()),
+        (f"So: [{ONE}].", False, BOX, POINT, ()),
+        ("[]", False, None, (), ()),
     ],
 )
 def test_a_list_of_objects_is_read(body, valid, box, points, others):
@@ -186,9 +165,6 @@ def test_a_list_may_be_long():
     assert prompt.others == (SamPrompt((100, 50, 120, 62), ((110, 56),)),) * 119
 
 
-TWO = ((5, 6), (7, 8))
-
-
 KEYS = '"bbox": [1, 2, 30, 40], "points_1": [5, 6], "points_2": [7, 8]}'
 QUOTED = '{"bbox": ["1", "2", "30", "40"], "points_1": ["5", 6], "points_2": [7, "8.0"]}'
 TWO = ((5, 6), (7, 8))
@@ -205,8 +181,6 @@ TWO = ((5, 6), (7, 8))
         # Its first {...} has no box: as in our own form.
         ('<think>{"a": 1}</think>' + wrap('{"a": {}, ' + KEYS)[16:], True, BOX, TWO),
         ("{" + KEYS[:-1], False, None, ()),
-        ("}{", False, None, ()),
-        (wrap("{1: 2}"), False, None, ()),
     ],
 )
 def test_segzeros_answers_are_read_as_in_its_evaluation(text, valid, box, points):
@@ -220,7 +194,6 @@ def test_segzeros_answers_are_read_as_in_its_evaluation(text, valid, box, points
         ("full", '{"bbox": [1, 2, 30, 40], "points_1": [5, 6]}', False),
         ("visionreasoner", f"[{SWAPPED}, {ONE}]", True),
         ("visionreasoner", f"[{SWAPPED}]", False),
-        ("visionreasoner", "[]", False),
     ],
 )
 def test_what_seg_zeros_protocol_counts(style, body, readable):
@@ -272,9 +245,10 @@ def test_segment_and_train_read_the_form_that_they_asked_for(tmp_path, monkeypat
     monkeypatch.setattr(samr1_mini.Policy, "texts", lambda _, c: [[answer] * 2] * len(c.ids))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     files = ["--image", f"{tmp_path}/a.png", "--out", f"{tmp_path}/b.png"]
-    samr1_mini.main(["segment", "--query", "it", *FLAGS, *files])
+    run("segment --query it", *FLAGS, *files)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["bbox"] == [1, 2, 30, 40] and printed["points"] == [[5, 6]]
-    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1".split()
-    samr1_mini.main(["train", *quick, *FLAGS, "--out", f"{tmp_path}/run"])
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["answer_format"] == 1
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1"
+    run(f"train {quick} --out", tmp_path / "run", *FLAGS)
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["answer_format"] == 1
