@@ -151,52 +151,8 @@ def box(x1: float, y1: float, x2: float, y2: float) -> list[tuple[float, float]]
     return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
 
 
-# name: (width, height, queries, shapes). The expected masks are in test_photos.py.
-REASONSEG = {
-    "caf\u00e9_0001": (
-        40,
-        30,
-        ["What at the caf\u00e9 keeps the rain off\u2026", "another wording"],
-        [shape("target", *box(4.9, 5.2, 20.7, 18.9))],
-    ),
-    "flagged_0002": (
-        24,
-        16,
-        ["the part that opens"],
-        [shape("Flag", *box(0, 0, 23, 15)), shape("target", *box(2, 3, 9, 8))],
-    ),
-    "overlap_0003": (
-        24,
-        16,
-        ["what is ripe"],
-        [
-            shape("ignore", *box(8, 2, 13, 9)),
-            shape("target", *box(2, 2, 10, 13)),
-            shape("Ignore_edge", *box(1, 12, 20, 14)),
-        ],
-    ),
-    "nested_0004": (
-        26,
-        18,
-        ["the outer ring and its core"],
-        [
-            shape("target", *box(11, 7, 14, 10)),
-            shape("ignore", *box(7, 4, 18, 13)),
-            shape("target", *box(2, 1, 23, 16)),
-        ],
-    ),
-    "thin_0005": (
-        20,
-        14,
-        ["the rope, the dot and the pole"],
-        [
-            shape("target", (1, 1), (17, 6), (1, 1)),
-            shape("target", (4, 11)),
-            shape("rope", (12.6, 8.2), (12.9, 12.7)),
-            shape("target", (2, 4), (3, 9)),
-        ],
-    ),
-}
+# {name: {"size": (width, height), "text", "shapes"}}. The expected masks are in test_photos.py.
+REASONSEG = json.loads(Path(__file__).with_name("reasonseg.json").read_text("utf-8"))
 
 
 def make_reasonseg(
@@ -206,10 +162,10 @@ def make_reasonseg(
     for split in splits:
         folder = Path(root) / split
         folder.mkdir(parents=True, exist_ok=True)
-        for k, (name, (width, height, text, shapes)) in enumerate(REASONSEG.items()):
-            outlines = [one["points"] for one in shapes if len(one["points"]) > 1]
-            (folder / f"{name}.jpg").write_bytes(jpeg(picture(width, height, k, outlines)))
-            note = {"shapes": shapes, "text": text, "is_sentence": len(text[0].split()) > 3}
+        for k, (name, one) in enumerate(REASONSEG.items()):
+            outlines = [shape["points"] for shape in one["shapes"] if len(shape["points"]) > 1]
+            (folder / f"{name}.jpg").write_bytes(jpeg(picture(*one["size"], k, outlines)))
+            note = {"shapes": one["shapes"], "text": one["text"], "is_sentence": True}
             content = json.dumps(note, ensure_ascii=False).encode("utf-8" if k else "cp1252")
             (folder / f"{name}.json").write_bytes(content)
     return SimpleNamespace(root=Path(root), names=sorted(REASONSEG))

@@ -19,7 +19,7 @@ from PIL import Image
 from segment_anything import sam_model_registry
 
 import samr1_mini
-from data import Sample, Shapes
+from data import Shapes
 from plumbing.rewards import true_box
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.scenes import interior_points
@@ -63,11 +63,6 @@ def refcocog(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("refcocog")
     make_refcocog(root)
     return root
-
-
-# --------------------------------------------------------------------------------------------------
-# eval
-# --------------------------------------------------------------------------------------------------
 
 
 def test_eval_of_an_adapter_repeats_the_metrics_of_its_run(trained, tmp_path, capsys):
@@ -135,35 +130,19 @@ def test_an_evaluation_without_a_usable_sample_is_refused(refcocog, tmp_path):
     assert "skipped" in answers(out)[0] and not (out / "eval.json").exists()
 
 
-def test_metrics_with_ignored_pixels_and_an_empty_truth_by_hand(scorer, monkeypatch):
-    """Three samples with these IoU.
-
-    4 x 4 pixels found of 8 x 4, half of the others are ignored: 16 / 24. Nothing found of 10
-    pixels: 0 / 10. Nothing found where nothing is: 1.
-    """
-    truth = np.zeros((3, 16, 16), bool)
-    truth[0, :8, :4] = truth[1, :5, :2] = True
-    ignore = np.zeros((16, 16), bool)
-    ignore[4:6, :4] = True
-    found = np.zeros((3, 16, 16), bool)
-    found[0, :4, :4] = True
+def test_metrics_by_hand():
+    """In the first sample 16 of 24 pixels are right; in the second one of 10 none. In the third one
+    nothing is found, where nothing is."""
     rows = []
-    for k in range(3):
-        hidden = ignore if k == 0 else None
-        one = Sample(Image.new("RGB", (16, 16)), "q", truth[k], hidden, str(k))
-        empty = torch.full((1, 16, 16), -1.0)
-        monkeypatch.setattr(scorer, "best_logits", lambda *args, empty=empty: empty)
-        mask = torch.from_numpy(found[k])[None].float()
-        monkeypatch.setattr(scorer.sam, "upsample", lambda *args, mask=mask: mask)
-        overlap = scorer.score([one], [[SamPrompt(None, ())]])
-        numbers = {key: getattr(overlap, key).item() for key in ("iou", "intersection", "union")}
-        rows.append(numbers | {"format": True, "box_iou": 0.0})
-        rows[-1] |= {"points_inside": k / 2, "boxonly_iou": k / 4}
-    assert [(row["intersection"], row["union"]) for row in rows] == [(16, 24), (0, 10), (0, 0)]
+    for k, (intersection, union, iou) in enumerate([(16, 24, 16 / 24), (0, 10, 0), (0, 0, 1)]):
+        row = {"intersection": intersection, "union": union, "iou": iou, "format": True}
+        row |= {"box_iou": 0.4 * k, "points_inside": k / 2, "boxonly_iou": k / 4}
+        rows += [row, {"skipped": "no file"}]
     metrics = samr1_mini.compute_metrics(rows)
     assert metrics["giou"] == pytest.approx((16 / 24 + 0 + 1) / 3)
     assert metrics["ciou"] == pytest.approx(16 / (24 + 10))
-    assert metrics["points"] == 0.5 and metrics["boxonly"] == 0.25
+    assert metrics["points"] == 0.5 and metrics["boxonly"] == 0.25 and metrics["n"] == 3
+    assert metrics["box"] == pytest.approx(1 / 3) and metrics["format"] == 1
 
 
 def test_three_prompts_are_scored_for_each_sample(scorer, monkeypatch):
@@ -206,11 +185,6 @@ def test_three_prompts_are_scored_for_each_sample(scorer, monkeypatch):
     assert rows[2]["box_iou"] == 0 < rows[0]["box_iou"]
 
 
-# --------------------------------------------------------------------------------------------------
-# segment
-# --------------------------------------------------------------------------------------------------
-
-
 def test_segment_answers_as_eval_does_and_rotates_as_exif_says(evaluated, tmp_path, capsys):
     """A camera stores a picture on its side. SAM and the policy must see it upright."""
     image = Shapes("heldout")[0].image
@@ -237,11 +211,6 @@ def test_segment_never_overwrites_its_picture(out, tmp_path, monkeypatch):
     before = image.read_bytes()
     assert "--image itself" in refused(run, "segment --query star --image", image, "--out", out)
     assert image.read_bytes() == before
-
-
-# --------------------------------------------------------------------------------------------------
-# Folders, Ctrl-C, bad input
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_with_files_is_never_written_to(policy_folder, trained, evaluated, tmp_path):
@@ -330,11 +299,6 @@ def test_help_lists_the_commands_and_the_settings(capsys):
         assert stopped.value.code == 0 and "--vlm" in printed
         assert ("--eps_high" in printed) == (command == "train")
         assert "models and device" in printed  # the settings come in groups
-
-
-# --------------------------------------------------------------------------------------------------
-# Real formats
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -205,8 +205,6 @@ def test_an_interrupted_run_continues_and_a_finished_one_does_not(tmp_path, monk
             trl_grpo.main(f"{flags} --out {parts}".split())
     assert len(read_rows(parts / LOG)) == 1
     trl_grpo.main(f"--resume --out {parts}".split())
-    monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: pytest.fail("it trains"))
-    trl_grpo.main(f"--resume --out {parts}".split())  # nothing is left to train
     assert read_rows(parts / LOG) == read_rows(whole / LOG)
     assert [row["step"] for row in read_rows(parts / LOG)] == [1, 2]
     assert (
@@ -238,12 +236,3 @@ def test_training_that_diverges_ends_before_it_is_saved(name, fp16, tmp_path):
     with pytest.raises(UserError, match=f"--lr 0.1: the training diverged .{name} is nan"):
         callback.on_log(args, state, None, logs=logs | {name: float("nan")})
     assert len(read_rows(tmp_path / LOG)) == 1
-
-
-@pytest.mark.slow
-def test_zero_steps_do_not_train(tmp_path, monkeypatch):
-    pytest.importorskip("trl")
-    trl_grpo.main(f"{SMALL} --steps 0 --out {tmp_path}/run".split())
-    assert read_rows(tmp_path / "run" / LOG) == []
-    weights = [weight for name, weight in adapter(tmp_path / "run").items() if "lora_B" in name]
-    assert weights and not any(weight.any() for weight in weights)

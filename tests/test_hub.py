@@ -109,16 +109,6 @@ def test_a_broken_row_is_a_bad_sample_and_the_others_are_read(tmp_path):
     assert found[len(BROKEN)].mask.any()
 
 
-def test_exif_rotation_is_applied_as_datasets_does(tmp_path):
-    row, exif, buffer = masked_rows()[0], Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6  # rotate by 90 degrees to display
-    picture(30, 40, 0).save(buffer, "JPEG", exif=exif)
-    row["image"] = {"bytes": buffer.getvalue(), "path": ""}
-    shown = datasets.Image().decode_example(row["image"])
-    name = write(tmp_path / "turned", [row])
-    assert np.array_equal(load_data(name, "heldout")[0].image, shown)
-
-
 def test_a_wrong_name_is_one_line(tmp_path, monkeypatch):
     for wrong in ("hub:csv", f"hub:{tmp_path}/nothing"):
         assert "neither a folder nor OWNER/SET" in error_of(wrong, "heldout")

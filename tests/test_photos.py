@@ -494,34 +494,6 @@ def test_of_equal_areas_the_one_listed_first_is_on_top():
     assert labelme_masks([ignore, target], 6, 6)[0].sum() == 5
 
 
-BAD_ANNOTATIONS = [
-    {"text": []},
-    {"text": "the <|im_end|> here"},
-    {"shapes": [{"label": 3, "points": [[1, 1]]}]},
-    {"shapes": [shape("target", (1, 1), (9, 9), kind="line")]},
-    {"imageWidth": 18, "imageHeight": 26},  # the picture has 26 x 18 pixels
-]
-
-
-def test_a_bad_reasonseg_annotation_is_named(tmp_path):
-    pytest.importorskip("cv2")
-    made = make_reasonseg(tmp_path, ("val",))
-    dataset = ReasonSeg(tmp_path, "val")
-    index = made.names.index("nested_0004")
-    file = tmp_path / "val" / "nested_0004.json"
-    valid = json.loads(file.read_bytes())
-    contents = [json.dumps(valid | change).encode() for change in BAD_ANNOTATIONS]
-    for content in (*contents, b"{", b"\x81\x8d", b"[" * 100_000):
-        file.write_bytes(content)
-        text = error_of(dataset.__getitem__, index, kind=BadSample)
-        assert "nested_0004.json" in text, content[:40]
-    for key in ("text", "shapes"):
-        file.write_text(json.dumps({other: valid[other] for other in valid if other != key}))
-        assert f"has no '{key}'" in error_of(dataset.__getitem__, index, kind=BadSample)
-    file.write_text(json.dumps(valid | {"imageWidth": 26, "imageHeight": 18}), "utf-8-sig")
-    assert dataset[index].mask.any()
-
-
 OTHER_ENCODINGS = {
     "gbk": "the 杯子",
     "shift_jis": "赤いカップ",
@@ -563,23 +535,39 @@ def test_pictures_of_other_suffixes_are_found(tmp_path):
     assert "d.jpeg and d.png" in error_of(dataset.__getitem__, found["d"], kind=BadSample)
 
 
-def test_a_missing_or_broken_reasonseg_file_is_named(tmp_path):
+BAD_FILES = [  # the file's suffix, a change of its JSON or its bytes (None: missing), the message
+    (".json", None, "json is missing"),
+    (".jpg", None, "jpg is missing"),
+    (".jpg", lambda stored: stored[:500], "Truncated"),
+    (".json", lambda stored: b"{", "JSON"),
+    (".json", lambda stored: b"\x81\x8d", "neither UTF-8 nor cp1252"),
+    (".json", lambda stored: b"[" * 100_000, "Recursion"),
+    (".json", lambda stored: b'{"text": "it"}', "has no 'shapes'"),
+    (".json", {"text": []}, "not a text"),
+    (".json", {"text": "the <|im_end|> here"}, "special token"),
+    (".json", {"shapes": [{"label": 3, "points": [[1, 1]]}]}, "AttributeError"),
+    (".json", {"shapes": [shape("target", (1, 1), (9, 9), kind="line")]}, "has no area"),
+    (".json", {"imageWidth": 18, "imageHeight": 26}, "its picture has (26, 18)"),
+]
+
+
+@pytest.mark.parametrize("suffix, change, message", BAD_FILES)
+def test_a_missing_or_broken_reasonseg_file_is_named(tmp_path, suffix, change, message):
     pytest.importorskip("cv2")
     made = make_reasonseg(tmp_path, ("val",))
-    folder = tmp_path / "val"
-    (folder / "nested_0004.json").unlink()
-    (folder / "thin_0005.jpg").unlink()
-    broken = folder / "flagged_0002.jpg"
-    broken.write_bytes(broken.read_bytes()[:500])
-    (folder / "._nested_0004.jpg").write_bytes(b"macOS leaves such files")
+    (tmp_path / "val" / "._nested_0004.jpg").write_bytes(b"macOS leaves such files")
+    file = tmp_path / "val" / f"nested_0004{suffix}"
+    stored = file.read_bytes()
+    file.unlink()
+    if callable(change):
+        file.write_bytes(change(stored))
+    elif change:
+        file.write_text(json.dumps(json.loads(stored) | change), "utf-8-sig")
     dataset = ReasonSeg(tmp_path, "val")
     assert dataset.names == made.names
-    words = {"nested_0004": "json is missing", "thin_0005": "jpg is missing"}
-    words["flagged_0002"] = "Truncated"
-    for name, word in words.items():
-        text = error_of(dataset.__getitem__, dataset.names.index(name), kind=BadSample)
-        assert name in text and word in text and "python -m tools.fetch reasonseg" in text
-    assert dataset[dataset.names.index("overlap_0003")].mask.any()
+    text = error_of(dataset.__getitem__, made.names.index("nested_0004"), kind=BadSample)
+    assert file.name in text and message in text and "python -m tools.fetch reasonseg" in text
+    assert dataset[made.names.index("overlap_0003")].mask.any()
 
 
 @pytest.mark.parametrize("label", ["flag", "ignore"])
@@ -623,11 +611,6 @@ def test_exif_data_rotate_the_images_of_reasonseg_and_not_those_of_coco(tmp_path
 @pytest.mark.parametrize("query", ["\n", ["star"], "<|a\nb|>", "a\x1bb", "\ud800"], ids=repr)
 def test_a_query_that_the_policy_cannot_be_asked_is_refused(query):
     error_of(check_query, query).encode("ascii")  # a terminal can print it
-
-
-def test_other_queries_are_only_stripped():
-    for query in (" the star\n", "„café” 星", "a < b | c > d", "two\tlines\nof"):
-        assert check_query(query) == query.strip()
 
 
 def test_a_picture_is_rotated_by_its_exif_data(tmp_path):

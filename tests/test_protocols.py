@@ -115,14 +115,20 @@ def test_an_evaluation_on_reasonseg_has_both_columns(tmp_path, monkeypatch, caps
     assert ("probably counted by --protocol segzero" in said) == (protocol == "lisa")
 
 
-@pytest.mark.parametrize("style, points", [("segzero", 2), ("visionreasoner", 1)])
-def test_the_example_of_a_prompt_is_a_valid_answer(style, points):
-    (user,) = messages("The {red} Thing.", style, "pixels", 840)  # without a system message
-    text = user["content"][1]["text"]
-    assert "the {red} thing\n" in text and "in pixels of the 840 x 840 image" in text
-    answer = parse_answer(re.search("<think>your.*", text)[0], style)
+@pytest.mark.parametrize(
+    "style, query, points",
+    [("full", "The {red} Thing", 2), ("segzero", "the {red} thing", 2)]
+    + [("visionreasoner", "the {red} thing", 1)],
+)
+def test_the_example_of_a_prompt_is_a_valid_answer(style, query, points):
+    *system, user = messages("The {red} Thing.", style, "pixels", 840)
+    assert user["role"] == "user" and len(system) == (style == "full")
+    image, text = user["content"]
+    assert image == {"type": "image"} and query in text["text"]  # braces of a query are kept
+    assert "in pixels of the 840 x 840 image" in text["text"] and "{{" not in text["text"]
+    answer = parse_answer(re.search("<think>your.*", text["text"])[0], style)
     assert answer.think_format and answer.answer_format and len(answer.points) == points
-    assert "thousandths" in messages("it", style, "thousandths", 840)[0]["content"][1]["text"]
+    assert "thousandths" in messages("it", style, "thousandths", 840)[-1]["content"][1]["text"]
 
 
 ONE = '{"bbox_2d": [1, 2, 30, 40], "point_2d": [5, 6]}'

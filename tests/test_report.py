@@ -68,16 +68,6 @@ def test_the_running_mean_does_not_lag_and_leaves_out_missing_values():
     assert mean.min() == 0 and mean.max() == 1
 
 
-def test_an_outline_closes_at_the_border_and_an_empty_mask_has_none():
-    image = Image.new("RGB", (40, 40), "lime")
-    empty = np.zeros((40, 40), bool)
-    none = SamPrompt(None, ())
-    assert len(np.unique(np.asarray(pictures.answer_picture(image, empty, none)))) == 2  # 0, 127
-    full = np.asarray(pictures.answer_picture(image, ~empty, none))
-    for side in (full[0], full[-1], full[:, 0], full[:, -1]):
-        assert (side[2:-2] != (0, 255, 0)).any(1).all()
-
-
 @pytest.mark.parametrize("width", [20, 32])
 def test_wrapped_answers_are_whole_and_no_number_is_cut(width):
     lines = pictures.wrap(COMPACT, width, lines=20).split("\n")

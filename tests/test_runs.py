@@ -12,11 +12,9 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from data import BadSample, Shapes
-from grpo import Completions
 from plumbing import runs, settings
 from plumbing.errors import UserError, continued_by, exit_with_one_line
 from plumbing.settings import parse_settings
@@ -24,11 +22,6 @@ from plumbing.settings import parse_settings
 
 def open_run(out="", name="", resume=False):
     return runs.open_run(SimpleNamespace(out=str(out), resume=resume), str(name))
-
-
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_and_never_written_into(tmp_path):
@@ -137,11 +130,6 @@ def test_a_damaged_log_is_named_and_stays(line, tmp_path):
     assert file.read_bytes() == b'{"step": 1}\n' + line + b"\n"
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings and errors
-# --------------------------------------------------------------------------------------------------
-
-
 def test_presets_fill_in_and_a_flag_wins():
     for command in settings.CLASSES:
         for preset in settings.PRESETS:
@@ -238,11 +226,6 @@ def test_a_user_error_is_one_line_and_a_bug_keeps_its_traceback(capsys):
         raise ValueError("a bug")
 
 
-# --------------------------------------------------------------------------------------------------
-# Samples of a step, interruption, numbers
-# --------------------------------------------------------------------------------------------------
-
-
 def test_every_epoch_takes_every_sample_once_in_its_own_order():
     chosen = [i for step in range(5) for i in runs.indices(step, 4, 10, seed=0)]
     assert sorted(chosen[:10]) == sorted(chosen[10:]) == list(range(10))
@@ -287,16 +270,6 @@ def test_the_second_signal_and_the_first_one_after_the_last_step_act_at_once(tmp
         stop.exit(tmp_path, 3)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert message in capsys.readouterr().out
-
-
-def test_the_timer_measures_each_phase():
-    timer = runs.PhaseTimer(torch.device("cpu"))
-    timer.end("rollout")
-    timer.end("update")
-    mask = torch.ones(2, 3, 4, dtype=torch.bool)
-    row = timer.row(Completions(mask.long(), mask))
-    assert {"seconds_rollout", "seconds_update", "peak_mib_update", "peak_mib"} <= set(row)
-    assert all(value >= 0 and math.isfinite(value) for value in row.values())
 
 
 def test_the_table_of_a_run_is_printed(tmp_path, capsys):

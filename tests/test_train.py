@@ -6,8 +6,8 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -56,11 +56,6 @@ def whole_run(tmp_path_factory) -> Path:
 @pytest.fixture
 def copied_run(whole_run, tmp_path) -> Path:
     return Path(shutil.copytree(whole_run, tmp_path / "run"))
-
-
-# --------------------------------------------------------------------------------------------------
-# What a run writes
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_its_files(whole_run):
@@ -148,37 +143,17 @@ def test_training_continues_from_an_adapter(whole_run, tmp_path):
     assert state(out)["step"] == 2
 
 
-class StandIn(ModuleType):
-    """A tracker that notes its calls."""
-
-    def __init__(self):
-        super().__init__("trackio")
-        self.calls = []
-
-    def init(self, **options):
-        self.calls.append(("init", options))
-
-    def Image(self, path):
-        return Path(path).name
-
-    def log(self, row, step):
-        self.calls.append(("log", step, row))
-
-    def finish(self):
-        self.calls.append(("finish",))
-
-
 def test_a_tracker_gets_every_row_and_picture(tmp_path, monkeypatch):
-    tracker = StandIn()
+    tracker = Mock(Image=lambda path: Path(path).name)
     monkeypatch.setitem(sys.modules, "trackio", tracker)
     out = tmp_path / "run"
     run(QUICK.replace("--steps 4", "--steps 3"), "--track", "trackio", "--out", out)
-    rows = read_rows(out / "metrics.jsonl")
     pictures = [{"samples": "step_00001.png"}, {}, {"samples": "step_00003.png"}]
-    logged = [("log", k + 1, row | pictures[k]) for k, row in enumerate(rows)]
-    (_, options), *others = tracker.calls
-    assert options["name"] == "run" and options["config"]["steps"] == 3
-    assert options["resume"] == "never" and others == [*logged, ("finish",)]
+    rows = zip(read_rows(out / "metrics.jsonl"), pictures, strict=True)
+    logged = [call.log(row | shown, step=row["step"]) for row, shown in rows]
+    first, *others = tracker.mock_calls
+    assert first.kwargs["name"] == "run" and first.kwargs["config"]["steps"] == 3
+    assert first.kwargs["resume"] == "never" and others == [*logged, call.finish()]
 
 
 @pytest.mark.parametrize(
@@ -192,11 +167,6 @@ def test_a_tracker_that_does_not_start_is_refused(module, message, tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(UserError, match=message):
         Tracker(parse_settings("train", ["--track", "wandb"]), tmp_path)
-
-
-# --------------------------------------------------------------------------------------------------
-# Interruption and resuming
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -298,11 +268,6 @@ def test_what_cannot_be_continued_is_refused_and_kept(change, message, copied_ru
     with pytest.raises(UserError, match=f"--resume: .*{message}"):
         run("train --resume --steps 5 --out", copied_run)
     assert contents(copied_run) == before
-
-
-# --------------------------------------------------------------------------------------------------
-# What a step does
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
