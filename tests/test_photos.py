@@ -1,6 +1,6 @@
 """Tests of RefCOCO, ReasonSeg and plumbing/photos.py on small sets in the published formats.
 
-Nothing here uses the network. Masks marked "OpenCV 4.8" come from LISA's reader with OpenCV 4.8.0.
+Nothing here uses the network. The mask THIN comes from LISA's reader with OpenCV 4.8.0.
 """
 
 import base64
@@ -42,13 +42,9 @@ from plumbing.sources import load_data
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 
 
-def as_text(mask: np.ndarray, ignore: np.ndarray | None = None) -> list[str]:
-    """Masks as lines of text: # target, o ignore."""
-    rows = np.where(mask, "#", ".")
-    if ignore is not None:
-        assert not (mask & ignore).any()
-        rows = np.where(ignore, "o", rows)
-    return ["".join(row) for row in rows]
+def as_text(mask: np.ndarray) -> list[str]:
+    """A mask as lines of text."""
+    return ["".join(row) for row in np.where(mask, "#", ".")]
 
 
 def error_of(call, *args, kind=UserError) -> str:
@@ -252,8 +248,10 @@ def spoil(made, folder: Path) -> dict[str, tuple[str, ...]]:
     annotations[6]["segmentation"] = [[3, 3, 3, 3, 3, 3]]
     annotations[7]["segmentation"] = {"size": [60, 100], "counts": "compressed"}
     made.instances["annotations"].remove(annotations[8])
-    made.instances["images"] = made.instances["images"][:-1]
     (made.root / "refcocog" / "instances.json").write_text(json.dumps(made.instances))
+    for sentence in made.refs[0]["sentences"]:  # of the last object
+        sentence["sent"] = "the <|image_pad|>"
+    (made.root / "refcocog" / "refs(umd).p").write_bytes(pickle.dumps(made.refs))
     command = f"move it away and run: python -m tools.fetch refcocog --out {made.root}"
     return {
         "-702-": ("000000000041.jpg is missing. Run: python -m tools.fetch refcocog",),
@@ -264,7 +262,7 @@ def spoil(made, folder: Path) -> dict[str, tuple[str, ...]]:
         "-706-": ("instances.json", "mask is zero", "Skip this sample"),
         "-707-": ("instances.json", "compressed", "Skip this sample"),
         "-708-": ("instances.json", "no mask", "Skip this sample"),
-        "-709-": ("instances.json", "no image", "Skip this sample"),
+        "-709-": ("instances.json", "special token"),
     }
 
 
@@ -283,29 +281,10 @@ def test_a_bad_sample_is_named_and_the_others_can_be_read(tmp_path):
     assert seen == {None, *wanted}
 
 
-def test_a_sentence_that_the_policy_cannot_be_asked_is_a_bad_sample(tmp_path):
-    make_refcocog(tmp_path)
-    dataset = RefCOCO("refcocog", tmp_path, "val")
-    one = dataset.expressions[0]
-    dataset.expressions[0] = one._replace(query="the <|image_pad|>")
-    text = error_of(dataset.__getitem__, 0, kind=BadSample)
-    assert one.id in text and "special token" in text
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
 def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path):
     make_refcocog(tmp_path)
     mark = tmp_path / "ran"
-    content = pickle.dumps([{"ref_id": 1, "split": "train", "x": Payload(mark)}])
+    content = f"cos\nmkdir\n(S'{mark}'\ntR.".encode()
     pickle.loads(content)
     mark.rmdir()  # the plain unpickler has run it
     (tmp_path / "refcocog" / "refs(umd).p").write_bytes(content)
@@ -386,8 +365,7 @@ def cv2():
     return module
 
 
-OPENCV_48 = {
-    "thin_0005": """
+THIN = """
 ....................
 .##.................
 ...###..............
@@ -401,8 +379,7 @@ OPENCV_48 = {
 ............#.......
 ....#.......#.......
 ............#.......
-....................""",
-}
+...................."""
 
 
 def test_reasonseg_masks_equal_those_of_lisas_reader(tmp_path, cv2):
@@ -411,9 +388,8 @@ def test_reasonseg_masks_equal_those_of_lisas_reader(tmp_path, cv2):
     samples = [dataset[i] for i in range(len(dataset))]
     found = {one.id.removeprefix("reasonseg-test-"): one for one in samples}
     assert sorted(found) == made.names
-    for name, expected in OPENCV_48.items():
-        assert as_text(found[name].mask, found[name].ignore) == expected.split(), name
-        assert (found[name].ignore is None) == ("o" not in expected)
+    assert as_text(found["thin_0005"].mask) == THIN.split()
+    assert found["thin_0005"].ignore is None
     overlap = found["overlap_0003"]  # "Ignore_edge" is ignored as well
     assert overlap.ignore.sum() == 6 * 8 + 20 * 3
     assert overlap.mask.sum() == 9 * 12 - 3 * 8 - 9 * 2
