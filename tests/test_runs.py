@@ -69,14 +69,6 @@ def test_without_out_a_run_takes_the_next_free_name(tmp_path):
     assert names == ["shapes", "shapes-2", "shapes-3"]
 
 
-def test_a_folder_with_files_is_refused_and_left_as_it_is(tmp_path):
-    (tmp_path / "thesis.txt").write_text("three years")
-    with pytest.raises(UserError, match="not empty.*--resume"):
-        open_run(tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "three years"
-    assert open_run(tmp_path, resume=True) == tmp_path  # `read_config` has found a run there
-
-
 def hold(out, opened):
     open_run(out)
     opened.set()
