@@ -60,7 +60,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(error, tmp_path):
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("a bug")])
 def test_other_errors_are_not_called_a_full_disk(error, tmp_path):
-    with pytest.raises(type(error), match=str(error)), runs.writing(tmp_path):
+    with pytest.raises(type(error)), runs.writing(tmp_path):
         raise error
 
 
