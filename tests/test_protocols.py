@@ -175,7 +175,9 @@ def test_the_example_of_a_prompt_is_a_valid_answer(style, query, points):
     image, text = user["content"]
     assert image == {"type": "image"} and query in text["text"]  # braces of a query are kept
     assert "in pixels of the 840 x 840 image" in text["text"] and "{{" not in text["text"]
-    answer = parse_answer(re.search("<think>your.*", text["text"])[0], style)
+    example = re.search("<think>your.*", text["text"])[0]
+    example = example.replace("x1, y1, x2, y2", "1, 2, 3, 4").replace("x, y", "2, 3")
+    answer = parse_answer(example, style)
     assert answer.think_format and answer.answer_format and len(answer.points) == points
     assert "thousandths" in messages("it", style, "thousandths", 840)[-1]["content"][1]["text"]
 
