@@ -39,7 +39,7 @@ from plumbing.errors import UserError, continued_by, exit_with_one_line
 from plumbing.prompts import points_asked
 from plumbing.sam import load_sam
 from plumbing.settings import Settings, parse_settings, rollout_prompts
-from plumbing.sources import load_data
+from plumbing.sources import EVAL_SAMPLES, load_data
 from plumbing.tracking import Tracker
 from plumbing.vlm import Policy, Prompts, continue_adapter, load_vlm
 from reward import SamPrompt, SamScorer, parse_answer, sam_prompt, score_completions
@@ -137,6 +137,7 @@ def run_name(s) -> str:
 
 WARMUP = 10  # steps in which the learning rate rises. *Assumed*
 MAX_GRAD_NORM = 1.0  # *Assumed*
+SAVE_EVERY = 25  # steps between checkpoints and pictures
 
 
 def train(s: Settings) -> None:
@@ -154,14 +155,14 @@ def train(s: Settings) -> None:
     metrics = runs.start_metrics(out, s, first)
     tracker = Tracker(s, out)
     if not results:  # a resumed run has its first evaluation already
-        rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
+        rows = evaluate(policy, scorer, heldout, s, EVAL_SAMPLES, "before")
         results = {"before": compute_metrics(rows), "ceiling": compute_metrics(rows, "ceiling_")}
 
     stop = runs.StopSignal()
     bar = tqdm(range(first, s.steps), desc="train", unit="step", initial=first, total=s.steps)
     for step in bar:
         timer = runs.PhaseTimer(policy.device)
-        log_this_step = (step + 1) % s.save_every == 0 or step + 1 in (1, s.steps)
+        log_this_step = (step + 1) % SAVE_EVERY == 0 or step + 1 in (1, s.steps)
         lr = set_learning_rate(optimizer, s, step)
 
         # 1. Rollout: G completions for each of B prompts.
@@ -213,7 +214,7 @@ def train(s: Settings) -> None:
             stop.exit(out, step + 1)
 
     with stop.ended(out):  # every step is saved: now a signal need not wait
-        rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
+        rows = evaluate(policy, scorer, heldout, s, EVAL_SAMPLES, "after")
     results["after"] = compute_metrics(rows)
     checkpoint.save(s.steps, s, results)
     tracker.finish()
@@ -454,7 +455,7 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 def evaluate_adapter(s) -> None:
     """Compute the metrics of an adapter, or of the base model, on a data set."""
     heldout = load_data(s.data, "heldout")
-    count = min(s.limit or (256 if s.data == "shapes" else len(heldout)), len(heldout))
+    count = min(s.limit or (EVAL_SAMPLES if s.data == "shapes" else len(heldout)), len(heldout))
     other = runs.read_other(s.against, count)
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)

@@ -60,7 +60,7 @@ from plumbing.settings import Settings, parse_settings
 from plumbing.vlm import Policy, load_vlm, vlm_path
 from reward import Overlap, SamScorer, score_completions
 
-ALWAYS = "--epochs 1 --minibatches 1 --save_every 1000000"
+ALWAYS = "--epochs 1 --minibatches 1"
 # Where time is measured, the learning rate is so small that the policy, and so the length of its
 # completions, stays the same.
 FLAGS = {
@@ -107,7 +107,7 @@ def train_ours(s: Settings, part: str) -> dict:
 
     before = []
     replaced = {"load_vlm": load, "evaluate": evaluate}
-    replaced |= {"log_samples": mock.Mock(), "WARMUP": 1}  # TRL does neither
+    replaced |= {"log_samples": mock.Mock(), "WARMUP": 1, "SAVE_EVERY": s.steps}  # TRL does neither
     if part != "learn":
         replaced["SamScorer"] = EveryOtherStep
     with (

@@ -7,7 +7,7 @@
     python samr1_mini.py eval --adapter RUN/adapter
 
 samr1_mini.py trains on one device. TRL adds accelerate, and so several GPUs. Presets and flags are
-those of `samr1_mini.py train`, without --device, --eval_samples, --adapter, --track and --dtype
+those of `samr1_mini.py train`, without --device, --adapter, --track and --dtype
 4bit. All processes together complete --prompts_per_step prompts in a step. Each has its own copy of
 policy and SAM.
 
@@ -66,10 +66,10 @@ METRICS = {
 def parse_settings(argv: list[str]) -> Settings:
     """The settings of `train`. Raises UserError if one is given that has no effect here."""
     given = {argument.partition("=")[0] for argument in argv}
-    if given & {"--device", "--eval_samples", "--adapter", "--track"}:
+    if given & {"--device", "--adapter", "--track"}:
         raise UserError(
-            "--device, --eval_samples, --adapter, --track: accelerate chooses the device, nothing "
-            "is evaluated, and the two others are not here: leave them out"
+            "--device, --adapter, --track: accelerate chooses the device, and the two others "
+            "are not here: leave them out"
         )
     s = parse(Settings, argv, program="python -m examples.trl_grpo")
     if s.dtype == "4bit":
@@ -216,7 +216,7 @@ def trl_arguments(s: Settings, policy: Policy, processes: int) -> dict:
         logging_steps=updates,
         log_completions=True,  # all completions with their rewards, in checkpoint/completions
         num_completions_to_print=0,
-        save_steps=s.save_every * updates,
+        save_steps=samr1_mini.SAVE_EVERY * updates,
         save_total_limit=1,
         report_to=[],
     )

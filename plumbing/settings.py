@@ -113,8 +113,6 @@ class Objective:
     )
     lora_rank: int = setting(16, "rank of the adapter. Not in the paper, which trains all weights")
     adapter: str = setting("none", "folder of a trained adapter to start from, or none")
-    eval_samples: int = setting(256, "held-out samples before and after training")
-    save_every: int = setting(50, "steps between checkpoints and pictures")
     track: str = setting(
         "none",
         "also log metrics and pictures with trackio or wandb, which pip installs",
@@ -166,7 +164,7 @@ VIT_B = "vit_b:sam_vit_b_01ec64.pth"
 # One GPU. Paper: side, G, eps, 3,000 samples (375 steps of 8 prompts). *Assumed*: the rest.
 QWEN = dict(
     sam="vit_h:sam_vit_h_4b8939.pth", data="refcocog:data", side=840, prompt="full",
-    max_new_tokens=512, steps=375, lr=1e-5, epochs=1, lora_rank=32, save_memory=3, save_every=25,
+    max_new_tokens=512, steps=375, lr=1e-5, epochs=1, lora_rank=32, save_memory=3,
 )  # fmt: skip
 PRESET_VALUES = {
     "tiny": {},
@@ -195,8 +193,6 @@ BOUNDS = {
     "minibatches": (1, LARGEST),
     "lr": (1e-12, LARGEST),
     "lora_rank": (1, 1024),
-    "eval_samples": (1, LARGEST),
-    "save_every": (1, LARGEST),
     "limit": (0, LARGEST),
     "port": (1, 65535),
 }
@@ -205,7 +201,7 @@ CLASSES = {"train": Settings, "eval": EvalSettings, "segment": SegmentSettings}
 # --resume may change how far a run goes, where things are, and how they are computed. All answers
 # of an evaluation go into one table, so there even the path of a set or a model stays.
 MAY_CHANGE = {
-    Settings: {*"steps vlm sam data device dtype out resume save_memory save_every track".split()},
+    Settings: {*"steps vlm sam data device dtype out resume save_memory track".split()},
     EvalSettings: {*"limit against device out resume save_memory".split()},
 }
 MAY_MOVE = {"sam", "data"}  # to another path: another size or set would need another evaluation

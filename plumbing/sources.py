@@ -6,6 +6,8 @@ from data import ReasonSeg, RefCOCO, Shapes
 from plumbing.errors import UserError
 from plumbing.photos import SPLITS
 
+EVAL_SAMPLES = 256  # the first held-out samples: evaluated before and after training
+
 
 def load_data(spec: str, split: str, samples: int = 3000):
     """Open the data set that `--data` names.

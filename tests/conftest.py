@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import samr1_mini
 from data import Shapes, messages
 from plumbing.sam import load_sam
 from plumbing.vlm import vlm_path
@@ -19,6 +20,7 @@ from reward import SamScorer
 
 torch.set_num_threads(1)  # the matrices are too small to share between threads
 torch.set_flush_denormal(True)
+samr1_mini.EVAL_SAMPLES = 4  # short evaluations before and after training
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from plumbing.starts import append_tokens
 from plumbing.vlm import load_vlm
 from tiny.make_vlm import write_answer
 
-QUICK = "--eval_samples 8 --prompts_per_step 2 --group_size 4 --max_new_tokens 32"
+QUICK = "--prompts_per_step 2 --group_size 4 --max_new_tokens 32"
 RISE = [(step - 0.5) / 100 for step in range(1, 101)]  # its centred mean is the curve itself
 
 

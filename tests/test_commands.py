@@ -28,7 +28,7 @@ from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt
 
 ROOT = Path(samr1_mini.__file__).parent
-QUICK = "--steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 3 --save_every 100"
+QUICK = "--steps 2 --prompts_per_step 2 --group_size 2"
 
 
 def answers(out: Path) -> list[dict]:
@@ -67,13 +67,13 @@ def refcocog(tmp_path_factory) -> Path:
 
 def test_eval_of_an_adapter_repeats_the_metrics_of_its_run(trained, tmp_path, capsys):
     out = tmp_path / "eval"
-    run("eval --limit 3 --adapter", trained / "adapter", "--out", out)
+    run("eval --limit 4 --adapter", trained / "adapter", "--out", out)
     results = json.loads((out / "eval.json").read_text())
     after = json.loads((trained / "eval.json").read_text())["after"]
     assert {name: results["run"][name] for name in after} == after
     assert results["run"]["protocol"] == "lisa" and after["giou"] == results["run"]["lisa_giou"]
     rows = answers(out)
-    assert len({row["id"] for row in rows}) == 3
+    assert len({row["id"] for row in rows}) == 4
     assert results["run"]["giou"] == pytest.approx(np.mean([row["iou"] for row in rows]))
     assert Image.open(out / "sheet.png").width > 500
     assert "gIoU" in capsys.readouterr().out

@@ -100,7 +100,7 @@ def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
 def test_flags_are_those_of_train():
     flags = "--preset qwen3b --lr 0.5".split()
     assert trl_grpo.parse_settings(flags) == samr1_mini.parse_settings("train", flags)
-    for flag in ("--device=cpu", "--eval_samples=1", "--track=wandb", "--dtype=4bit"):
+    for flag in ("--device=cpu", "--track=wandb", "--dtype=4bit"):
         with pytest.raises(UserError, match=flag.partition("=")[0]):
             trl_grpo.parse_settings([flag])
 
@@ -192,8 +192,9 @@ def test_an_interrupted_run_continues_and_a_finished_one_does_not(tmp_path, monk
     pytest.importorskip("trl")
     made = make_refcocog(tmp_path / "data")
     sorted((made.root / IMAGES).glob("*.jpg"))[0].unlink()  # of two objects
-    flags = f"--data refcocog:{made.root} {SMALL} --steps 2 --save_every 1"
+    flags = f"--data refcocog:{made.root} {SMALL} --steps 2"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    monkeypatch.setattr(samr1_mini, "SAVE_EVERY", 1)
     trl_grpo.main(f"{flags} --out {whole}".split())
 
     def interrupt(*_, **__):

@@ -77,12 +77,13 @@ def images_of(made, split: str) -> set[str]:
     return {names[ref["image_id"]] for ref in made.refs if ref["split"] == split}
 
 
-def test_fetch_downloads_what_training_needs_and_nothing_else(published, host, capsys):
+def test_fetch_downloads_what_training_needs_and_nothing_else(published, host, capsys, monkeypatch):
+    monkeypatch.setattr(fetch, "EVAL_SAMPLES", 1)
     root = published.root
-    command = ("refcocog", "--out", root, "--samples", 2, "--heldout", 1)
+    command = ("refcocog", "--out", root, "--samples", 2)
     run(*command)
     out = capsys.readouterr().out
-    flags = f"--data 'refcocog:{root}' --train_samples 2 --eval_samples 1"
+    flags = f"--data 'refcocog:{root}' --train_samples 2"
     assert f"{host.url}/a.zip" in out and "MB" in out and flags in out
     train = load_data(f"refcocog:{root}", "train", samples=2)
     heldout = load_data(f"refcocog:{root}", "heldout")

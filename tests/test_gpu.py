@@ -166,7 +166,7 @@ def test_the_adapter_stays_float32_and_its_gradients_above_zero(dtype, tmp_path,
     advantages = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])  # a random reward could be all equal
     monkeypatch.setattr(samr1_mini, "group_advantages", lambda _: advantages)
     monkeypatch.setattr(samr1_mini, "load_policy", noted_policy)
-    flags = "--steps 1 --eval_samples 1 --prompts_per_step 2 --group_size 2 --max_new_tokens 6"
+    flags = "--steps 1 --prompts_per_step 2 --group_size 2 --max_new_tokens 6"
     run(f"train {flags} --dtype {dtype} --out", tmp_path / "run")
     dtypes = {"lora": set(), "base": set()}
     for name, p in policies[0].model.named_parameters():

@@ -245,7 +245,7 @@ def test_broken_training_rows_are_bad_samples(tmp_path, refcocog):
 @pytest.mark.slow
 def test_hub_sets_are_trained_on_and_evaluated(tmp_path, refcocog, capsys):
     spec = train_set(tmp_path / "set", refcocog, joined_rows(refcocog))
-    quick = "--steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 2"
+    quick = "--steps 2 --prompts_per_step 2 --group_size 2"
     run(f"train {quick} --data", spec, "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert results["after"]["n"] == 2 and len(results) == 3

@@ -81,7 +81,7 @@ def test_think_opened_by_the_chat_template_is_judged_with_the_completion(thinkin
 def test_qwen3vl_trains_from_the_command_line(dtype, thinking_qwen3vl, tmp_path):
     if dtype == "4bit":
         pytest.importorskip("bitsandbytes")
-    flags = "--side 96 --steps 1 --eval_samples 2 --prompts_per_step 2 --group_size 2"
+    flags = "--side 96 --steps 1 --prompts_per_step 2 --group_size 2"
     flags += f" --max_new_tokens 6 --save_memory 2 --dtype {dtype} --out {tmp_path}/run"
     samr1_mini.main(["train", "--vlm", str(thinking_qwen3vl), *flags.split()])
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -39,7 +39,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     pytest.importorskip("ipykernel")
     import nbformat
 
-    for name, value in {"STEPS": 1, "SAMPLES": 4, "RUNS": tmp_path / "runs"}.items():
+    for name, value in {"STEPS": 1, "RUNS": tmp_path / "runs"}.items():
         monkeypatch.setenv(f"TOUR_{name}", str(value))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -305,7 +305,7 @@ def test_segment_and_train_read_the_form_that_they_asked_for(tmp_path, monkeypat
     run("segment --query it", *FLAGS, *files)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["bbox"] == [1, 2, 30, 40] and printed["points"] == [[5, 6]]
-    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1"
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2"
     run(f"train {quick} --out", tmp_path / "run", *FLAGS)
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert row["answer_format"] == 1

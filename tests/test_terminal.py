@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TRAIN = "train --steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 4 --out {tmp}/run"
+TRAIN = "train --steps 2 --prompts_per_step 2 --group_size 2 --out {tmp}/run"
 EVAL = "eval --limit 2 --out {tmp}/eval"
 SEGMENT = "segment --image {root}/assets/tiers.png --query star --out {tmp}/found.png"
 

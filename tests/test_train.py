@@ -28,7 +28,7 @@ from plumbing.tracking import Tracker
 from plumbing.vlm import load_vlm, vlm_path
 
 ROOT = Path(samr1_mini.__file__).parent
-QUICK = "train --steps 4 --eval_samples 4 --prompts_per_step 4 --group_size 4 --save_every 100"
+QUICK = "train --steps 4 --prompts_per_step 4 --group_size 4"
 NOT_REPEATABLE = ("seconds_", "tokens_per_second", "peak_mib")
 
 
@@ -282,7 +282,7 @@ def test_training_raises_any_reward(tmp_path, monkeypatch):
 
     monkeypatch.setattr(samr1_mini, "score_completions", reward_left)
     monkeypatch.setattr(samr1_mini, "WARMUP", 2)
-    flags = "--steps 14 --prompts_per_step 4 --eval_samples 1 --save_every 100 --lr 4e-3"
+    flags = "--steps 14 --prompts_per_step 4 --lr 4e-3"
     run(f"train {flags} --max_new_tokens 16 --out", tmp_path / "run")
     rewards = [row["reward"] for row in read_metrics(tmp_path / "run")]
     assert np.mean(rewards[:2]) < 0.6

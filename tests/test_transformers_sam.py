@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
 
 @pytest.mark.slow
 def test_train_eval_and_segment(name, folder, tmp_path):
-    quick = "--steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 2"
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2"
     run(f"train {quick} --sam", f"{name}:{folder}", "--out", tmp_path / "train")
     adapter = tmp_path / "train" / "adapter"
     card = (adapter / "README.md").read_text()

@@ -16,7 +16,7 @@ from plumbing import settings
 
 ROOT = Path(samr1_mini.__file__).parent
 TEXT = (ROOT / "TUTORIAL.md").read_text()
-QUICK = "--steps 2 --prompts_per_step 2 --group_size 4 --eval_samples 12 --save_every 100"
+QUICK = "--steps 2 --prompts_per_step 2 --group_size 4"
 RUN = "runs/shapes-tiny-0"
 NAMES = r"`((?:(?:plumbing|tools)\.\w+|data|reward|grpo|samr1_mini)\.[A-Za-z_][\w.]*)(?=[`(])"
 

@@ -22,7 +22,7 @@ from tools import merge
 
 TINY = Path(vlm_path("tiny"))
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:7e7e\nsize 356176\n"
-QUICK = "--prompts_per_step 2 --group_size 2 --eval_samples 2 --save_every 1"
+QUICK = "--prompts_per_step 2 --group_size 2"
 
 
 def edit(file: Path, *path: str, value: object) -> None:
@@ -309,6 +309,7 @@ def test_a_resume_of_trl_checks_the_adapter(tmp_path):
 def test_training_that_diverges_keeps_the_last_checkpoint(passes, tmp_path, monkeypatch):
     """With one update a step, the next rollout notices it; with more, the next update does."""
     monkeypatch.setattr(samr1_mini, "set_learning_rate", diverge_at_step_2)
+    monkeypatch.setattr(samr1_mini, "SAVE_EVERY", 1)
     flags = f"{QUICK} --steps 4 --epochs {passes} --minibatches {passes} --out"
     message = refused(samr1_mini.main, ["train", *flags.split(), str(tmp_path)])
     assert "--lr" in message and "the last checkpoint stays" in message

@@ -2,7 +2,7 @@
 
     python -m tools.fetch refcocog --out ROOT --samples 3000
         everything that training needs: the annotations, the images of its training samples and
-        those of its evaluation (--heldout 256)
+        those of its evaluation
     python -m tools.fetch refcocog --out ROOT --split val     the images of one split
     python -m tools.fetch sam --model vit_h --out FOLDER      an official SAM checkpoint
     python -m tools.fetch reasonseg                           explains how to download it by hand
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import read_expressions
 from plumbing.errors import UserError, exit_with_one_line, reason_of
 from plumbing.photos import PHOTOGRAPHS, REFS, read_image
-from plumbing.sources import SPLITS
+from plumbing.sources import EVAL_SAMPLES, SPLITS
 
 # This server is offline more often than not, so the Internet Archive is the first mirror.
 UNC = "https://bvisionweb1.cs.unc.edu/licheng/referit/data"
@@ -157,8 +157,8 @@ def fetch_refer(args: argparse.Namespace) -> None:
     root = args.out
     fetch_annotations(name, root)
     # Evaluation reads the first expressions of val. A small subsample is the beginning of val.
-    sizes = {"train": args.samples, "val": args.heldout}  # number of expressions, None is all
-    flags = f"--data '{name}:{root}' --train_samples {args.samples} --eval_samples {args.heldout}"
+    sizes = {"train": args.samples, "val": EVAL_SAMPLES}  # number of expressions, None is all
+    flags = f"--data '{name}:{root}' --train_samples {args.samples}"
     if args.split:
         sizes = {args.split: args.samples if args.split == "train" else None}
         flags = f"--data '{name}:{root}/{args.split}'"
@@ -207,7 +207,6 @@ def make_parser() -> argparse.ArgumentParser:
         add = commands.add_parser(name, help="a data set").add_argument
         add("--out", type=Path, required=True, help=f"the folder; --data {name}:OUT finds it there")
         add("--samples", type=int, default=3000, help="number of training samples (3000)")
-        add("--heldout", type=int, default=256, help="val expressions for evaluation (256)")
         add("--split", choices=SPLITS[name], help="this split only; of train, --samples")
         # At most 16: these servers serve everybody.
         add("--jobs", type=int, choices=range(1, 17), default=4, help="connections (4)")
@@ -225,8 +224,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out {args.out}: {reason_of(error)}: name another folder") from error
     if args.what == "sam":
         return fetch_sam(args.model, args.out)
-    if min(args.samples, args.heldout) < 1:
-        raise UserError("--samples and --heldout must be at least 1")
+    if args.samples < 1:
+        raise UserError("--samples must be at least 1")
     fetch_refer(args)
 
 
