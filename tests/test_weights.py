@@ -219,6 +219,7 @@ SPOILED_ADAPTERS = [
     (FILE, "truncate", f"{FILE} is damaged or truncated"),
     (FILE, "delete", f"there is no {FILE}"),
     ("adapter_config.json", POINTER, "adapter_config.json is a git-lfs pointer"),
+    ("adapter_config.json", "truncate", "adapter_config.json is damaged"),
 ]
 
 
