@@ -233,11 +233,15 @@ def test_without_val_rows_on_other_images_are_held_out(tmp_path, refcocog, capsy
 
 
 def test_broken_training_rows_are_bad_samples(tmp_path, refcocog):
-    good = joined_rows(refcocog)[0]
+    good, empty, *_ = joined_rows(refcocog)
+    refcocog.instances["annotations"][1]["segmentation"] = [[3, 3, 3, 3, 3, 3]]
+    file = refcocog.root / "refcocog" / "instances.json"
+    file.write_text(json.dumps(refcocog.instances))
     changes = [{"problem": ""}, {"img_width": 97}, {"image": None}]
-    spec = train_set(tmp_path / "set", refcocog, [good | change for change in changes])
-    found = load_data(spec, "train")
-    for index in range(len(changes)):
+    rows = [good | change for change in changes] + [empty]
+    found = load_data(train_set(tmp_path / "set", refcocog, rows), "train")
+    assert len(found) == len(rows)
+    for index in range(len(rows)):
         with pytest.raises(BadSample, match="row \\d"):
             found[index]
 
