@@ -19,6 +19,9 @@ weights on eight GPUs; SAM 1 by default in place of SAM 2; and what the paper le
 marked *assumed*. The settings `s` are explained in plumbing/settings.py.
 """
 
+import plumbing.interrupts  # noqa: F401  first: Ctrl-C is one line while torch is imported, too
+
+# isort: split
 import json
 import math
 import re
@@ -389,19 +392,21 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
 
 
 def evaluate(policy, scorer, dataset, s, count: int, title: str, rows=(), log=None) -> list[dict]:
-    """`evaluate_batch` on the first `count` samples. `rows` are done already; new ones go to the
-    file `log`.
+    """`evaluate_batch` on the first `count` samples. `rows` are done already; all go to the file
+    `log`.
 
-    A sample that cannot be used gets a row that says why. It counts in no metric. Raises UserError
-    if there is no other.
+    A sample that cannot be used gets a row that says why. It counts in no metric. If it is among
+    `rows`, it is tried again: its file may be mended. Raises UserError if there is no other.
     """
     policy.model.eval()
     rows = list(rows)
     count = min(count, len(dataset))
-    batches = slices(len(rows), count, rollout_prompts(s))
+    again = [index for index, row in enumerate(rows) if "skipped" in row]
+    indices = again + list(range(len(rows), count))
+    batches = slices(0, len(indices), rollout_prompts(s))
     for batch in tqdm(batches, desc=f"eval {title}", unit="batch", leave=False):
         usable, found = {}, {}  # sample and row of each index
-        for index in range(batch.start, batch.stop):
+        for index in indices[batch]:
             try:
                 usable[index] = dataset[index]
             except BadSample as error:
@@ -410,10 +415,13 @@ def evaluate(policy, scorer, dataset, s, count: int, title: str, rows=(), log=No
         if usable:
             scored = evaluate_batch(policy, scorer, list(usable.values()), s)
             found |= dict(zip(usable, scored, strict=True))  # the keys of `usable` are indices
-        new = [found[index] for index in range(batch.start, batch.stop)]
-        rows += new
-        if log:
-            runs.append_lines(log, new)
+        done = len(rows)
+        rows = [found.get(index, row) for index, row in enumerate(rows)]
+        rows += [found[index] for index in range(done, max(found) + 1)]
+        if log and min(found) < done:
+            runs.write_lines(log, rows)
+        elif log:
+            runs.append_lines(log, rows[done:])
     if all("skipped" in row for row in rows):
         raise UserError(f"--data {s.data}: none of {len(rows)} samples can be used: mend the files")
     return rows
@@ -481,7 +489,7 @@ def segment(s) -> None:
     query = photos.check_query(s.query)
     image = photos.read_picture(s.image)
     out = Path(s.out).expanduser()
-    if out.is_dir() or out.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+    if out.is_dir() or out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"--out {out}: name a picture, such as found.png (or .jpg, .pdf, .svg)")
     if out.exists() and out.samefile(Path(s.image).expanduser()):
         raise UserError(f"--out {out}: this is the --image itself: name another picture to write")

@@ -5,10 +5,8 @@
 One command for any CUDA card. Each part trains at the paper's size with a preset's architectures
 and random weights, so nothing is downloaded. It runs in a process of its own, which may allocate
 23 GiB (a 24 GB card without what CUDA itself needs), or 1 GiB less than the card has. A part that
-cannot fit by the arithmetic of `python -m tools.memory` is skipped.
-
-A random policy never ends a completion, so all have full length, which is the worst case. It never
-writes a valid answer either, so the reward reads fixed answers, and SAM decodes a prompt for each.
+cannot fit by the arithmetic of `python -m tools.memory` is skipped. A random policy never ends a
+completion, so all have full length, the worst case. The reward reads fixed, valid answers.
 
 It reports, for the last step, seconds and peak memory by phase and tokens per second, and checks
 
@@ -16,13 +14,14 @@ It reports, for the last step, seconds and peak memory by phase and tokens per s
     packed    mean difference of log-probs: the packed row, and each completion in its own row
     graph     mean difference of log-probs: decoding with and without a CUDA graph
 
-Writes all of it to --out as JSON, and prints a Markdown table. Without a CUDA device it stops.
---toy runs the same code at toy size on any device, to check the script itself.
+Writes runs/gpu.json and prints a Markdown table. --toy checks the script itself on any device.
 """
 
 import argparse
 import json
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -36,7 +35,7 @@ from benchmarks.random_models import random_policy
 from data import Shapes
 from plumbing import decoding
 from plumbing.errors import UserError
-from plumbing.runs import PhaseTimer
+from plumbing.runs import PhaseTimer, write_text
 from plumbing.sam import SAM_SIZES, build_sam
 from plumbing.settings import parse_settings
 from plumbing.vlm import vlm_path
@@ -47,18 +46,16 @@ GIB = 2**30
 CARD = 23 * GIB
 PARTS = ("qwen2b", "qwen3b", "qwen7b", "qwen3b-4bit", "qwen7b-4bit")
 PHASES = ("rollout", "reward", "logprobs", "update")
-STEPS = 2  # the first has learning rate 0, the last one is reported
 ANSWER = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
 TOY = """--vlm tiny --sam tiny --side 64 --max_new_tokens 8 --prompts_per_step 2 --group_size 2
     --save_memory 1 --dtype auto"""
 
 
-def settings_of(part: str, flags: list[str]):
+def settings_of(part: str, flags: str):
     """Settings of `train` for a part, "qwen7b-4bit" for example."""
-    argv = ["--preset", part.removesuffix("-4bit"), "--data", "shapes"]
-    if part.endswith("-4bit"):
-        argv += ["--dtype", "4bit"]
-    return parse_settings("train", argv + flags)
+    preset, _, dtype = part.partition("-")
+    argv = f"--preset {preset} --data shapes --dtype {dtype or 'auto'} {flags}"
+    return parse_settings("train", argv.split())
 
 
 def expected_gib(s) -> dict[str, float]:
@@ -69,23 +66,22 @@ def expected_gib(s) -> dict[str, float]:
     }
 
 
-def measure(part: str, flags: list[str]) -> dict:
+def measure(s) -> dict:
     """Run the steps of `samr1_mini.train`, and return what was measured."""
-    s = settings_of(part, flags)
     with random_policy(vlm_path(s.vlm), DEVICE):
-        policy = samr1_mini.load_policy(s)
-    policy.model = samr1_mini.add_lora(policy.model, s.lora_rank, s.seed, s.save_memory >= 2)
+        policy = samr1_mini.load_trainable_policy(s)
     sam = build_sam(**SAM_SIZES[s.sam.partition(":")[0]])
     scorer = SamScorer(sam, policy.device, encoder_batch=1, offload=s.save_memory >= 3)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)
     batch = [Shapes("train")[i] for i in range(s.prompts_per_step)]
     G = s.group_size
-    ends = [(policy.extent * g / (2 * G), policy.extent * (g + G) / (2 * G)) for g in range(G)]
-    texts = [[ANSWER.format(low, high) for low, high in ends]] * s.prompts_per_step
+    corner = policy.extent / (2 * G)
+    texts = [[ANSWER.format(corner * g, corner * (g + G)) for g in range(G)]] * s.prompts_per_step
     rows = []
-    for _ in range(STEPS):
+    for lr in (0.0, s.lr):  # the last step is reported
+        optimizer.param_groups[0]["lr"] = lr
         timer = PhaseTimer(policy.device)
         prompts = policy.read(batch)
         completions = samr1_mini.sample_completions(policy, prompts, s, generator)
@@ -100,100 +96,67 @@ def measure(part: str, flags: list[str]) -> dict:
         )
         timer.end("update")
         rows.append(timer.row(completions) | statistics)
-        optimizer.param_groups[0]["lr"] = s.lr  # the first step has 0, see `ratio` above
     found = {"last_step": rows[-1], "ratio": rows[0]["ratio"], "expected_gib": expected_gib(s)}
-    if policy.device.type == "cuda":
-        found["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-    return found | check_logprobs(policy, s)
-
-
-# --------------------------------------------------------------------------------------------------
-# Is it right on this card?
-# --------------------------------------------------------------------------------------------------
+    return found | check_logprobs(policy, s, texts[0])
 
 
 @torch.no_grad()
-def decode(policy, prompts, s, forced: torch.Tensor | None = None):
-    """Tokens (G, T) that `rollout` samples for one prompt, and their log-probs in these steps.
-
-    forced: tokens (G, T) to take instead of sampling.
-    """
-    tokens, logprobs = [], []
-    choose_token = grpo.choose_token
+def decode(policy, prompts, s, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probs (G, T) that `rollout` finds for these tokens (G, T), which it takes as sampled."""
+    logprobs = []
 
     def choose(logits, *options):
-        token = choose_token(logits, *options)
-        if forced is not None:
-            token = forced[:, len(tokens)]
-        tokens.append(token)
+        token = tokens[:, len(logprobs)]
         logprobs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
         return token
 
     with mock.patch.object(grpo, "choose_token", choose):
-        grpo.rollout(
-            policy.model,
-            prompts,
-            s.group_size,
-            min(64, s.max_new_tokens),
-            policy.end,
-            policy.banned,
-            decoder=decoding.StaticDecoder,
-        )
-    return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+        samr1_mini.sample_completions(policy, prompts, replace(s, max_new_tokens=tokens.shape[1]))
+    return torch.stack(logprobs, 1)
 
 
 @torch.no_grad()
-def check_logprobs(policy, s) -> dict:
-    """The last two checks of the module's docstring, and whether a graph was recorded."""
-    policy.model.eval()
+def check_logprobs(policy, s, texts: list[str]) -> dict:
+    """The last two checks of the module's docstring, on G texts, and whether a graph was used."""
+    rows = policy.processor.tokenizer(texts)["input_ids"]
+    T = min(map(len, rows))
+    tokens = torch.tensor([row[:T] for row in rows])
     prompts = policy.read([Shapes("heldout")[0]])
-    graphs = []
-
-    def record(forward):
-        graphs.append(record_graph(forward))
-        return graphs[-1]
-
-    record_graph = decoding.record_graph
-    with mock.patch.object(decoding, "record_graph", record):
-        tokens, with_graph = decode(policy, prompts, s)
+    with warnings.catch_warnings(record=True) as failures:  # `record_graph` warns if it fails
+        with_graph = decode(policy, prompts, s, tokens.to(policy.device))
     with mock.patch.object(decoding, "record_graph", lambda forward: None):
-        _, without = decode(policy, prompts, s, forced=tokens)
-    completions = grpo.Completions(tokens[None].cpu(), torch.ones_like(tokens[None].cpu()).bool())
+        without = decode(policy, prompts, s, tokens.to(policy.device))
+    completions = grpo.Completions(tokens[None], torch.ones_like(tokens[None]).bool())
     none = policy.banned[:0]
     packed, _ = grpo.group_logprobs(policy.model, prompts, completions, none)
-    plain = [plain_logprobs(policy.model, prompts, ids[None]) for ids in completions.ids[0]]
+    plain = [plain_logprobs(policy.model, prompts, ids[None]) for ids in tokens]
     return {
-        "graph_recorded": any(graph is not None for graph in graphs),
+        "graph_recorded": policy.device.type == "cuda" and not failures,
         "graph": (with_graph - without).abs().mean().item(),
         "packed": (packed[0] - torch.cat(plain)).abs().mean().item(),
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# All parts, one process each, and the report
-# --------------------------------------------------------------------------------------------------
-
-
 def run_part(part: str, toy: bool) -> dict:
     """What one part measures, or {"skipped": why}."""
-    flags = TOY.split() if toy else []
+    s = settings_of(part, TOY if toy else "")
     if DEVICE.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         limit = min(CARD, total - GIB)
         torch.cuda.set_per_process_memory_fraction(limit / total)
-        peak = max(expected_gib(settings_of(part, flags)).values())
+        peak = max(expected_gib(s).values())
         if peak * GIB > limit:
             return {"skipped": f"needs {peak:.1f} GiB by arithmetic, may use {limit / GIB:.1f}"}
     try:
-        return measure(part, flags)
+        return measure(s)
     except (torch.OutOfMemoryError, UserError) as error:  # no bitsandbytes for 4 bit
         return {"skipped": str(error).split(". ")[0]}
 
 
 def markdown(parts: dict[str, dict]) -> str:
     """The table for benchmarks/README.md."""
-    columns = [*(f"{phase}: s, GiB (expected)" for phase in PHASES), "tokens/s", "CUDA graph"]
-    columns += ["ratio", "packed", "graph"]
+    columns = [f"{phase}: s, GiB (expected)" for phase in PHASES]
+    columns += ["tokens/s", "CUDA graph", "ratio", "packed", "graph"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for part, row in parts.items():
         if "skipped" in row:
@@ -213,7 +176,6 @@ def markdown(parts: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_24gb")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"))
     parser.add_argument("--toy", action="store_true", help="toy size, on any device")
     options = parser.parse_args()
     if DEVICE.type != "cuda" and not options.toy:
@@ -221,13 +183,12 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name(0) if DEVICE.type == "cuda" else "CPU"
     parts = {}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         print(f"{part} ...", file=sys.stderr)
         threads = torch.get_num_threads()
         parts[part] = in_new_process(run_part, part, options.toy, threads=threads)
         result = {"device": name, "torch": torch.__version__, "toy": options.toy, "parts": parts}
-        options.out.write_text(json.dumps(result, indent=2))
+        write_text(Path("runs/gpu.json"), json.dumps(result, indent=2))
     print(f"{name}, torch {torch.__version__}{', toy size' if options.toy else ''}\n")
     print(markdown(parts))
 

@@ -11,26 +11,23 @@ Runs forward and backward of the log-probs of G = 8 completions (200 tokens each
     row by row  the same, one row at a time, each with its own backward pass
 
 Three parts of Qwen2.5-VL-3B, in float32 and with random weights: one layer with LoRA of rank 16 on
-every linear; the same with activation checkpointing; the final norm and the lm_head. The layer has
-a vocabulary of 154 only, since the head would hide what a single layer saves. A toy vision tower
-computes the image features once for all three ways.
-
-The head sees the same 1,600 positions in all three ways. Packed computes the gradient in the
-forward pass, in chunks, and keeps no logits (`grpo.head_logprobs`). It also returns entropies. The
-others keep all logits. All completions have the same length, so the padded batch needs no padding.
-
-From the checkpointed layer and the head the script computes the whole model of 36 layers.
+every linear, and a vocabulary of 154, since the head would hide what a layer saves; the same with
+activation checkpointing; the final norm and the lm_head. From the last two the script computes the
+whole model of 36 layers. A toy vision tower computes the image features once for all three ways.
+All completions have the same length, so no row is padded. Each measurement has its own process.
 """
 
 import argparse
 
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks import meter
 from benchmarks.meter import DEVICE
+from benchmarks.random_models import tiny_processor
 from grpo import Completions, group_logprobs
 from plumbing.published import published_config
 from plumbing.vlm import Prompts, base, encode_prompts
@@ -38,10 +35,9 @@ from samr1_mini import LORA_TARGETS
 
 WAYS = ("packed", "padded", "row by row")
 PARTS = ("layers", "checkpointed", "head")
-G, SIDE, TEXT, R = 8, 840, 148, 200  # completions, pixels, text tokens, tokens of a completion
-P = (SIDE // 28) ** 2 + 2 + TEXT  # tokens of the prompt
+G, SIDE, TEXT, R = 8, 840, 150, 200  # completions, pixels, text tokens, tokens of a completion
+P = (SIDE // 28) ** 2 + TEXT  # tokens of the prompt
 HIDDEN, VOCABULARY = 2048, 151936  # of Qwen2.5-VL-3B
-IMAGE, START, STOP, VIDEO = range(4)  # token ids
 
 
 def build(part: str):
@@ -52,8 +48,6 @@ def build(part: str):
     text.vocab_size = VOCABULARY if part == "head" else 154
     tower = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=1)
     vision.update(tower | dict(fullatt_block_indexes=[0]))
-    config.update(dict(image_token_id=IMAGE, video_token_id=VIDEO))
-    config.update(dict(vision_start_token_id=START, vision_end_token_id=STOP))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(DEVICE)
     if part == "head":
@@ -73,21 +67,15 @@ def build(part: str):
 
 
 def make_case(model, G: int, side: int, text: int, R: int):
-    """A prompt with an image between random tokens, G random completions of R tokens, and the
+    """A prompt with an image and `text` more tokens, G random completions of R tokens, and the
     weights (1, G, R) of their log-probs in the loss."""
+    processor = tiny_processor(base(model).config)
+    image = Image.effect_noise((side, side), 50).convert("RGB")
+    words = processor.image_token + text * "\n"  # a line break is a token
+    inputs = processor(text=[words], images=[image], return_tensors="pt")
     torch.manual_seed(1)
-    V, patches = base(model).lm_head.out_features, side // 14
-    words = torch.randint(4, V, (text,)).split(text // 2)
-    image = torch.tensor([START, *[IMAGE] * (side // 28) ** 2, STOP])
-    ids = torch.cat([words[0], image, words[1]])[None]
-    inputs = dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == IMAGE).int(),
-        pixel_values=torch.randn(patches**2, 3 * 2 * 14 * 14),
-        image_grid_thw=torch.tensor([[1, patches, patches]]),
-    )
-    tokens = torch.randint(4, V, (1, G, R))
+    special = len(processor.tokenizer.all_special_ids)  # they come first
+    tokens = torch.randint(special, base(model).lm_head.out_features, (1, G, R))
     completions = Completions(tokens, torch.ones_like(tokens).bool())
     return encode_prompts(model, inputs), completions, torch.randn(1, G, R).to(DEVICE)
 
@@ -130,11 +118,6 @@ def forward_backward(
     return torch.cat(result)
 
 
-# --------------------------------------------------------------------------------------------------
-# Measuring, each time in a process of its own
-# --------------------------------------------------------------------------------------------------
-
-
 def measure_time(part: str, repeats: int) -> tuple[dict[str, dict[str, float]], float, float]:
     """Seconds of each way, and the largest difference of a log-prob and the largest relative
     difference of a gradient between packed and the two others."""
@@ -153,12 +136,9 @@ def measure_time(part: str, repeats: int) -> tuple[dict[str, dict[str, float]], 
 
     rows = meter.take_turns(run, WAYS, repeats)
     far = max((logprobs["packed"] - logprobs[way]).abs().max().item() for way in WAYS)
-    off = [
-        ((ours - theirs).norm() / theirs.norm()).item()
-        for way in WAYS
-        for ours, theirs in zip(gradients["packed"], gradients[way], strict=True)
-    ]
-    return rows, far, max(off)
+    pairs = [pair for way in WAYS for pair in zip(gradients["packed"], gradients[way], strict=True)]
+    off = max(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs)
+    return rows, far, off
 
 
 def measure_memory(part: str, way: str) -> float:

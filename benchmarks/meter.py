@@ -39,16 +39,15 @@ def seconds_of(function: Callable, *arguments) -> float:
 
 
 def take_turns(measure: Callable, ways: tuple[str, ...], repeats: int) -> dict[str, dict]:
-    """Call `measure` on each way in turn. The first turn warms up.
+    """Call `measure` on each way in turn. Returns the medians of its numbers by way and column.
 
-    It returns numbers by column. Returns the medians of these numbers for each way.
+    The first turn warms up.
     """
-    turns = [{way: measure(way) for way in ways} for _ in range(1 + repeats)]
-    rows = {}
-    for way in ways:
-        columns = turns[0][way]
-        rows[way] = {c: statistics.median(turn[way][c] for turn in turns[1:]) for c in columns}
-    return rows
+    warm_up, *turns = [{way: measure(way) for way in ways} for _ in range(1 + repeats)]
+    return {
+        way: {column: statistics.median(turn[way][column] for turn in turns) for column in columns}
+        for way, columns in warm_up.items()
+    }
 
 
 def resident_mib() -> float:
@@ -72,13 +71,10 @@ def added_mib(function: Callable, *arguments) -> float:
 
 
 def in_new_process(function: Callable, *arguments, threads: int = THREADS, malloc=None):
-    """What a function at the top of a module returns in a process of its own.
-
-    malloc: KEEP_FREED or RETURN_FREED.
-    """
+    """What a function at the top of a module returns in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     environment = {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
-    environment |= malloc or {}
+    environment |= malloc or {}  # KEEP_FREED, RETURN_FREED
     with ProcessPoolExecutor(1, spawn) as pool, mock.patch.dict(os.environ, environment):
         return pool.submit(function, *arguments).result()
 

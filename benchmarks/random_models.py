@@ -14,10 +14,9 @@ def tiny_processor(config):
     """The tiny model's processor with the patch size of `config`, which gets its special tokens."""
     processor = AutoProcessor.from_pretrained(vlm_path("tiny"))
     tokens = processor.tokenizer
-    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-    for name in ("image", "video", "vision_start", "vision_end"):
-        token = tokens.convert_tokens_to_ids(names.get(name, f"<|{name}|>"))
-        setattr(config, f"{name}_token_id", token)
+    for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        token = tokens.convert_tokens_to_ids(f"<|{name}|>")
+        setattr(config, f"{name.removesuffix('_pad')}_token_id", token)
     config.text_config.eos_token_id = config.eos_token_id = tokens.eos_token_id
     vision = config.vision_config
     for part in (processor.image_processor, processor.video_processor):
@@ -51,11 +50,9 @@ def fill(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> N
         new = torch.full(old.shape, float(name != "bias"), dtype=dtype, device=device)
         if new.dim() > 1:
             new.normal_(0, 0.02)
-        options = dict(requires_grad=False)
-        if hasattr(old, "quant_type"):  # 4 bit: moving the weight to its device quantises it
-            options |= dict(quant_type=old.quant_type, module=module)
-            options |= dict(compress_statistics=old.compress_statistics)
-        module._parameters[name] = type(old)(new, **options).to(device)
+        options = {key: x for key, x in vars(old).items() if key != "_is_hf_initialized"}
+        # In 4 bit, moving the weight to its device quantises it.
+        module._parameters[name] = type(old)(new, requires_grad=False, **options).to(device)
 
 
 def random_model(config, dtype: torch.dtype, device: torch.device, quantization_config=None):
@@ -64,10 +61,9 @@ def random_model(config, dtype: torch.dtype, device: torch.device, quantization_
     So it needs no memory of the host, and never more of the device than the finished model.
     quantization_config: as in `from_pretrained`. Only for 4 bit with bitsandbytes.
     """
+    options = dict(dtype=dtype, attn_implementation="sdpa")
     with initialization.no_init_weights():  # uninitialised memory is reserved, but never touched
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForImageTextToText.from_config(config, **options)
     if quantization_config is not None:
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 

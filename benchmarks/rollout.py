@@ -6,9 +6,8 @@ Samples G = 8 completions of 64 tokens of one prompt with about 1,050 tokens, 90
 image of 840 x 840 pixels. Compares three ways, at temperature 1 and without vision tokens:
 
     ours                plumbing.vlm.encode_prompts, then grpo.rollout
-    return sequences    generate(num_return_sequences=G): runs the vision tower once, but prefills
-                        the prompt G times
-    repeated            generate on the processor's output repeated G times: runs both G times
+    return sequences    generate(num_return_sequences=G): one vision tower, but G prefills
+    repeated            generate on the processor's output repeated G times: G of both
 
 The model is a Qwen2.5-VL with 8 layers of width 512 and random weights in float32. No token ends a
 completion, so all three decode the same number of steps. The script also checks that all three

@@ -32,10 +32,9 @@ import samr1_mini
 from data import Shapes
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.runs import save_figure
+from plumbing.runs import read_rows, save_figure
 from plumbing.sam import load_sam
 from plumbing.settings import parse_settings
-from plumbing.vlm import load_vlm
 from reward import SamPrompt, SamScorer
 
 LAST = 20  # steps at the end of a run that are averaged
@@ -107,10 +106,6 @@ SWEEPS = {
 # The reward reads thousandths, while the policy answers in pixels. No flag does this.
 PATCH = "import sys, samr1_mini as s; s.Policy.extent = 1000; s.main(sys.argv[1:])"
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
-
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
     """The folder of one run of the sweep in `out`."""
@@ -121,10 +116,8 @@ def read_run(run: Path) -> dict | None:
     """eval.json, the rows of metrics.jsonl and the folder of a finished run, else None."""
     file = run / "eval.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
-    if "after" not in results:
-        return None
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return results | {"metrics": [json.loads(line) for line in lines], "folder": run}
+    metrics = read_rows(run / "metrics.jsonl", {"step": int})
+    return results | {"metrics": metrics, "folder": run} if "after" in results else None
 
 
 def train(run: Path, name: str, flags: str) -> None:
@@ -156,11 +149,6 @@ def train_missing(sweep: Sweep, out: Path, seeds: list[int], jobs: int) -> None:
             job.result()
     finally:  # also after Ctrl-C or an error: runs that have started save and stop, or finish
         pool.shutdown(cancel_futures=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Table
-# --------------------------------------------------------------------------------------------------
 
 
 def steps_until(values: list[float], mark: float) -> float:
@@ -215,13 +203,8 @@ def table(columns: list[str], rows: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures. rows: the finished runs of each setting
-# --------------------------------------------------------------------------------------------------
-
-
 def draw_dots(axes, rows: dict[str, list[dict]], column: str) -> None:
-    """One dot for each seed, and a line at the mean."""
+    """One dot for each seed, and a line at the mean. rows: the finished runs of each setting."""
     for k, runs in enumerate(rows.values()):
         values = [value(run, column) for run in runs]
         axes.plot([k] * len(values), values, "o", color="C0", alpha=0.6)
@@ -283,8 +266,8 @@ def target_sort(index: int) -> str:
 
 def answer_scenes(scorer: SamScorer, adapter: str) -> list[dict]:
     """Greedy answers to the first SCENES held-out scenes, as rows of `samr1_mini.evaluate`."""
-    s = parse_settings("train", [])
-    policy = load_vlm("tiny", "cpu", s.side, s.prompt, adapter)
+    s = parse_settings("train", ["--device", "cpu"])
+    policy = samr1_mini.load_policy(s, adapter)
     return samr1_mini.evaluate(policy, scorer, Shapes("heldout"), s, SCENES, adapter)
 
 

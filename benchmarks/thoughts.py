@@ -13,8 +13,7 @@ scenes with a second object of another kind or colour. It lets the policy answer
 The thought is appended to the prompt, and the policy continues greedily. The table shows where the
 answer goes, for the base model and for the trained one: the share of boxes with an IoU above 0.5,
 the share of points inside, and the share of SAM's masks with an IoU above 0.5, with the target and
-with the other object. Where the two objects share a box, the box cannot tell them apart, but points
-and mask can. If the answer follows a false thought, then the thought is used.
+with the other object. Where the two objects share a box, only points and mask tell them apart.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from plumbing.scenes import Thing, points_inside, taught_thought
 from plumbing.settings import parse_settings
 from plumbing.starts import read_with_starts
 from plumbing.vlm import Policy, load_vlm
-from reward import Answer, SamPrompt, SamScorer, parse_answer, sam_prompt
+from reward import Answer, SamPrompt, SamScorer, score_completions
 
 THOUGHTS = ("own", "other", "right", "empty")
 GROUPS = {False: "the other object is elsewhere", True: "the two objects share a box"}
@@ -59,12 +58,9 @@ class Case(NamedTuple):
 
     def start(self, name: str) -> str:
         """What the completion is made to begin with, by the name of the thought."""
-        size = self.sample.image.size
-        if name == "other":
-            return thought(self.other, size)
-        if name == "right":
-            return thought(self.target, size)
-        return {"own": "", "empty": "<think></think>"}[name]
+        thing = {"other": self.other, "right": self.target}.get(name)
+        thought = taught_thought(thing, self.sample.image.size) if thing else ""
+        return "" if name == "own" else f"<think>{thought}</think>"
 
 
 class Reply(NamedTuple):
@@ -102,11 +98,6 @@ def find_cases(count: int) -> list[Case]:
     return cases
 
 
-def thought(thing: Thing, size: tuple[int, int]) -> str:
-    """What the policy was taught to think about a thing in an image of `size` (W, H)."""
-    return f"<think>{taught_thought(thing, size)}</think>"
-
-
 def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> list[str]:
     """Greedy completions that begin with the given texts, one for each sample."""
     prompts = read_with_starts(policy, samples, starts)
@@ -118,17 +109,13 @@ def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> lis
 def replies(policy: Policy, scorer: SamScorer, cases: list[Case], s) -> dict[str, list[Reply]]:
     """The replies to all cases, by the name of the thought."""
     samples = [case.sample for case in cases]
-    sizes = [sample.image.size for sample in samples]
     found = {}
     for name in THOUGHTS:
         texts = complete(policy, samples, [case.start(name) for case in cases], s)
-        answers = [parse_answer(text) for text in texts]
-        prompts = [
-            sam_prompt(answer, policy.extent, *size)
-            for answer, size in zip(answers, sizes, strict=True)
-        ]
-        masks = scorer.score(samples, [[prompt] for prompt in prompts], keep_masks=True).masks
-        found[name] = [Reply(a, p, m[0]) for a, p, m in zip(answers, prompts, masks, strict=True)]
+        groups = [[text] for text in texts]
+        scores = score_completions(scorer, samples, groups, policy.extent, keep_masks=True)
+        columns = (scores.answers, scores.prompts, scores.overlap.masks)
+        found[name] = [Reply(a[0], p[0], m[0]) for a, p, m in zip(*columns, strict=True)]
     return found
 
 
@@ -184,8 +171,8 @@ def main(argv: list[str]) -> None:
     cases = find_cases(options.scenes)
     scorer = SamScorer(load_sam("tiny"))
     folders = {"base model": "none", "trained model": str(options.run / "adapter")}
-    policies = {t: load_vlm("tiny", "cpu", s.side, s.prompt, f) for t, f in folders.items()}
-    for title, policy in policies.items():
+    for title, folder in folders.items():
+        policy = load_vlm("tiny", "cpu", s.side, s.prompt, folder)
         found = replies(policy, scorer, cases, s)
         print_table(title, cases, found)
     save_figure(draw(cases, found), options.figure)

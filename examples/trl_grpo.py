@@ -9,7 +9,7 @@
 samr1_mini.py trains on one device. TRL adds accelerate, and so several GPUs. Presets and flags are
 those of `samr1_mini.py train`, without --device, --adapter, --track and --dtype
 4bit. All processes together complete --prompts_per_step prompts in a step. Each has its own copy of
-policy and SAM.
+policy and SAM. `python -m benchmarks.vs_trl` compares the speed of both.
 
 A run has the files of README's table, without evaluation and pictures of samples. TRL's own files
 are in RUN/checkpoint; checkpoint/completions holds every completion with its reward and advantage.
@@ -19,16 +19,13 @@ Different from samr1_mini.py: TRL computes the prompt again for every completion
 update have equal weight there; here, all tokens of a group. TRL does not sample the vision tokens,
 but includes them in the log-probs.
 
+Not tried yet: GPUs and several machines.
 DeepSpeed: pip install "trl[deepspeed]", then accelerate launch --use_deepspeed --zero_stage 2 ...
 vLLM: pip install "trl[vllm]", then add use_vllm=True and vllm_mode="colocate" to `trl_arguments`,
 and replace suppress_tokens, which vLLM does not have, by logit_bias={t: -100.0 for t in banned}.
-
-Tried: TRL 1.16 with accelerate 1.15, in one and in two processes on a CPU. Not tried: GPUs,
-DeepSpeed, vLLM, several machines.
 """
 
 import math
-import shutil
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -37,23 +34,21 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 import samr1_mini
 from data import Sample, messages
-from plumbing import pictures, runs, weights
+from plumbing import pictures, runs
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.settings import Settings, parse
 from plumbing.sources import load_data
-from plumbing.vlm import Policy, load_vlm
+from plumbing.vlm import Policy, continue_adapter, load_vlm
 from reward import SamScorer, score_completions
 
-# Our names of what metrics.jsonl holds, by TRL's. The reward logs the names of the first line;
-# `skipped` is a mean over the processes.
-METRICS = {
-    **{name: name for name in ("iou", "accuracy", "think_format", "answer_format", "skipped")},
-    **{name: name for name in ("reward", "kl", "entropy", "grad_norm")},
+# Our names in metrics.jsonl, by TRL's. The first five are logged by the reward.
+SAME = "iou accuracy think_format answer_format skipped reward kl entropy grad_norm".split()
+METRICS = {name: name for name in SAME} | {
     "learning_rate": "lr",
     "completions/mean_length": "length",
     "completions/clipped_ratio": "truncated",
@@ -65,13 +60,10 @@ METRICS = {
 
 def parse_settings(argv: list[str]) -> Settings:
     """The settings of `train`. Raises UserError if one is given that has no effect here."""
-    given = {argument.partition("=")[0] for argument in argv}
-    if given & {"--device", "--adapter", "--track"}:
-        raise UserError(
-            "--device, --adapter, --track: accelerate chooses the device, and the two others "
-            "are not here: leave them out"
-        )
     s = parse(Settings, argv, program="python -m examples.trl_grpo")
+    given = {argument.partition("=")[0] for argument in argv}
+    if unused := given & {"--device", "--adapter", "--track"}:
+        raise UserError(f"{', '.join(unused)}: no effect here: leave it out")
     if s.dtype == "4bit":
         raise UserError("--dtype 4bit: not here: use samr1_mini.py train")
     return s
@@ -80,9 +72,8 @@ def parse_settings(argv: list[str]) -> Settings:
 class Samples:
     """The samples of a data set by index, and TRL's rows made from them.
 
-    TRL gets a data set of indices. A sample is read when a batch or the reward asks for its index,
-    and the last ones are kept: TRL asks for each sample once per completion. A sample that cannot
-    be used is reported, counted and replaced by the next one, as in samr1_mini.py.
+    TRL gets a data set of indices. The last `keep` samples are kept, because TRL asks for each one
+    once per completion. One that cannot be used is reported, counted and replaced by the next one.
     """
 
     def __init__(self, dataset, policy: Policy, keep: int):
@@ -98,26 +89,25 @@ class Samples:
 
     def rows(self, batch: list[dict]) -> list[dict]:
         """Rows with an index, and the prompt and the resized image that TRL gives to the policy."""
-        policy = self.policy
         found = []
+        side = self.policy.side
         for row in batch:
             sample = self.read(row["index"])
-            chat = messages(sample.query, policy.prompt, policy.coordinates, policy.side)
-            image = sample.image.resize((policy.side, policy.side))
-            found.append({"index": row["index"], "prompt": chat, "image": image})
+            chat = messages(sample.query, self.policy.prompt, self.policy.coordinates, side)
+            found.append(row | {"prompt": chat, "image": sample.image.resize((side, side))})
         return found
 
 
 def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
     """`reward.score_completions` in the form that TRL's trainers call.
 
-    Returns a function that takes N completions (conversations that end with one) and their column
-    `index`, and returns N rewards. A process gets a part of the global batch: its groups may be
-    incomplete, and are scored together all the same. Each image is encoded once.
+    Returns a function from N completions (conversations that end with one) and their column `index`
+    to N rewards. A process gets a part of the global batch, so its groups may be incomplete.
     """
 
+    policy = samples.policy
+
     def sam_reward(completions, index, log_metric=None, log_extra=None, **_) -> list[float]:
-        policy = samples.policy
         distinct = list(dict.fromkeys(index))  # B samples
         rows = [distinct.index(number) for number in index]
         columns = [rows[:k].count(row) for k, row in enumerate(rows)]
@@ -125,13 +115,9 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
         texts = [[""] * (max(columns) + 1) for _ in distinct]
         for row, column, completion in zip(rows, columns, completions, strict=True):
             texts[row][column] = policy.opening + completion[-1]["content"]
+        batch = [samples.read(number) for number in distinct]
         scores = score_completions(
-            scorer,
-            [samples.read(number) for number in distinct],
-            texts,
-            extent=policy.extent,
-            accuracy=accuracy,
-            style=policy.prompt,
+            scorer, batch, texts, extent=policy.extent, accuracy=accuracy, style=policy.prompt
         )  # (B, G)
 
         def values(name: str) -> list[float]:
@@ -144,17 +130,15 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
             samples.skipped = 0
         if log_extra:
             log_extra("index", index)
-            log_extra("iou", values("iou"))
         return values("reward")
 
     return sam_reward
 
 
 class MetricsFile(TrainerCallback):
-    """Writes metrics.jsonl, one line for each step, with the names that samr1_mini.py uses.
+    """Writes metrics.jsonl, and ends a training that diverges before its step is saved.
 
-    Ends a training that diverges in all processes, before its step is saved. The Trainer's own log
-    of the loss replaces NaN. In float16 an update is skipped if its gradient overflows.
+    In float16 an update is skipped if its gradient overflows.
     """
 
     def __init__(self, file: Path, updates: int):
@@ -223,11 +207,8 @@ def trl_arguments(s: Settings, policy: Policy, processes: int) -> dict:
 
 
 def open_run(s: Settings, process: PartialState) -> tuple[Path, str | None, int]:
-    """The folder of the run, the checkpoint to continue from or None, and its steps.
-
-    The main process chooses the folder and prepares it.
-    """
-    out = [None]
+    """The folder of the run, the checkpoint to continue from or None, and its steps."""
+    out = [None]  # the main process chooses the folder
     if process.is_main_process:
         out = [runs.open_run(s, f"runs/trl-{samr1_mini.run_name(s)}-{s.seed}")]
     (out,) = broadcast_object_list(out)
@@ -237,35 +218,14 @@ def open_run(s: Settings, process: PartialState) -> tuple[Path, str | None, int]
     if s.resume and not by_updates:
         raise UserError(f"--resume: {out} has no checkpoint yet: start another run")
     updates = max(by_updates, default=0)
-    checkpoint = by_updates.get(updates)
     steps = updates // (s.epochs * s.minibatches)
     if process.is_main_process:
         runs.start_metrics(out, s, steps)
-    return out, checkpoint, steps
+    return out, by_updates.get(updates), steps
 
 
-def copy_adapter(checkpoint: Path, folder: Path) -> None:
-    """Write the adapter of a finished run, in case it was interrupted after its last checkpoint."""
-    with runs.writing(folder):
-        folder.mkdir(exist_ok=True)
-        for file in checkpoint.glob("adapter_*"):
-            shutil.copy(file, folder)
-        runs.share_weights(folder)
-
-
-def check_checkpoint(folder: Path, model: torch.nn.Module) -> None:
-    """Raise UserError if the adapter in one of TRL's checkpoints is not one of this model."""
-    file = weights.adapter_file(folder, "--resume")
-    weights.compare(
-        expected=weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False)),
-        given=weights.shapes(weights.read_tensors(file, "--resume")),
-        what=f"--resume: {file}",
-        mend="use the --vlm and the versions of peft and transformers that wrote it",
-    )
-
-
-def train(s: Settings) -> Path:
-    """Train with TRL. Returns the folder of the run."""
+def train(s: Settings) -> None:
+    """Train with TRL, and write the files of the run."""
     try:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
@@ -278,10 +238,6 @@ def train(s: Settings) -> Path:
     scorer = samr1_mini.load_scorer(s, policy.device)
     arguments = trl_arguments(s, policy, process.num_processes)
     out, checkpoint, done = open_run(s, process)
-    if checkpoint and done >= s.steps:  # TRL would train on
-        if process.is_main_process:
-            copy_adapter(Path(checkpoint), out / "adapter")
-        return out
     samples = Samples(dataset, policy, keep=2 * s.prompts_per_step)  # accelerate reads ahead
     trainer = GRPOTrainer(
         model=policy.model,
@@ -298,28 +254,23 @@ def train(s: Settings) -> Path:
         callbacks=[MetricsFile(out / "metrics.jsonl", s.epochs * s.minibatches)],
     )
     trainer.data_collator = samples.rows  # TRL's own returns the rows of the data set as they are
-    if checkpoint:  # TRL would go on from an untrained adapter if the keys had other names
-        check_checkpoint(Path(checkpoint), trainer.model)
+    if checkpoint:  # TRL reads it too, but would train on without weights that do not fit
+        continue_adapter(trainer.model, checkpoint)
     with runs.writing(out):
-        if s.steps:  # for zero steps TRL would train for epochs
+        if done < s.steps:
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(out / "adapter"))
-        if process.is_main_process:
-            runs.share_weights(out / "adapter")
-    return out
+    if process.is_main_process:
+        runs.share_weights(out / "adapter")
+        if metrics := runs.read_rows(out / "metrics.jsonl", runs.METRICS):
+            runs.save_figure(pictures.curves(metrics), out / "curves.png")
+            first, last = (metrics[k]["reward"] for k in (0, -1))
+            print(f"mean reward (of 6): {first:.2f} -> {last:.2f} (first and last step)")
+        print(f"evaluate it: python samr1_mini.py eval --adapter {out}/adapter")
 
 
 def main(argv: list[str]) -> None:
-    out = train(parse_settings(argv))
-    if not PartialState().is_main_process:
-        return
-    metrics = runs.read_rows(out / "metrics.jsonl", {"step"})
-    if metrics:
-        runs.save_figure(pictures.curves(metrics), out / "curves.png")
-        first = metrics[0]["reward"]
-        last = metrics[-1]["reward"]
-        print(f"mean reward (of 6): {first:.2f} -> {last:.2f} (first and last step)")
-    print(f"evaluate it: python samr1_mini.py eval --adapter {out}/adapter")
+    train(parse_settings(argv))
 
 
 if __name__ == "__main__":

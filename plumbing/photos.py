@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import unicodedata
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,6 +38,10 @@ PHOTOGRAPHS = "images/mscoco/images/train2014"
 INSTALL_CV2 = 'pip install "opencv-python-headless<4.11"'
 THINNEST = 200  # longest side over shortest; the tiny SAM would lose the short one above 256
 LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 without a check
+# Pillow warns of pictures above its limit of 89 million pixels, and refuses those above twice that.
+# Here both are refused: SAM and the figures need 30 bytes for each pixel.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # only the orientation is read of it
 UPRIGHT = {  # EXIF's orientation of a stored picture: what turns it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -162,9 +167,11 @@ def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
         along the columns, the first one of zeros.
     """
     mask = np.zeros((height, width), bool)
+    furthest = 0.0
     for part in coco_parts(segmentation):
         if isinstance(part, dict):
             mask |= decode_runs(part, width, height)
+            furthest = np.inf
             continue
         corners = np.array(part, np.float64)
         if corners.ndim == 1 and len(corners) % 2 == 0:
@@ -177,6 +184,9 @@ def coco_mask(segmentation: list | dict, width: int, height: int) -> np.ndarray:
             raise ValueError("a corner is not finite, or absurdly far away")
         polygons = coco.frPyObjects([corners.ravel().tolist()], height, width)
         mask |= coco.decode(polygons[0]).astype(bool)
+        furthest = max(furthest, corners.max())
+    if 0 < furthest <= 1 and min(width, height) > 16:
+        raise ValueError("all corners lie in 0..1: write pixels, not shares of the image")
     return mask
 
 
@@ -268,6 +278,9 @@ def labelme_masks(shapes: list[dict], width: int, height: int) -> tuple[np.ndarr
 
     Returns target and ignore, (H, W) bool.
     """
+    corners = [corner for shape in shapes for corner in shape["points"]]
+    if corners and np.min(corners) >= 0 and np.max(corners) <= 1 and min(width, height) > 16:
+        raise ValueError("all points lie in 0..1: write pixels, not shares of the picture")
     regions = []
     for shape in reversed(shapes):
         label = shape["label"].lower()
@@ -372,7 +385,7 @@ def read_picture(file: str) -> Image.Image:
     try:
         return decode_image(Path(file).expanduser())
     except Exception as error:  # a damaged file can raise anything
-        mend = "name a JPEG, PNG or WebP that other programs can open"
+        mend = "name a JPEG, PNG or WebP of less than 89 megapixels that other programs can open"
         raise UserError(f"{file} cannot be used ({reason_of(error)}): {mend}") from error
 
 

@@ -41,6 +41,7 @@ PANELS = {  # of `curves`: title and metrics
 }
 NUMBERS = ("reward", "accuracy", "think_format", "answer_format", "iou")
 LONGEST_SIDE = 640  # pixels; recorded pictures are scaled down to this
+DRAWN = 2048  # pixels; of a picture with a longer side, a smaller one is drawn, to save memory
 TALLEST = 4  # height over width of `found`; drawing one of 200 x the width would take 12 GiB
 PHOTOGRAPH = 256  # pixels; a picture with a longer side is stored as a JPEG, any other as a PNG
 
@@ -59,21 +60,27 @@ def draw_answer(axes, image: Image.Image, mask: np.ndarray, prompt, truth=None) 
 
 def draw_mask(axes, image: Image.Image, mask: np.ndarray, colour: str) -> None:
     """The image, darkened outside of the mask (H, W) bool, and the mask's outline."""
-    pixels = np.asarray(image) * np.where(mask[..., None], 1.0, 0.5)
-    axes.imshow(pixels.astype(np.uint8))
+    step = -(-max(image.size) // DRAWN)
+    mask = mask[::step, ::step]
+    pixels = np.asarray(image.reduce(step)) * np.where(mask[..., None], 1.0, 0.5)
+    height, width = np.array(mask.shape) * step - 0.5  # in pixels of the image, like the prompt
+    axes.imshow(pixels.astype(np.uint8), extent=(-0.5, width, height, -0.5))
     axes.autoscale(False)  # later drawings do not change the limits
-    draw_outline(axes, mask, colour)
+    draw_outline(axes, mask, colour, step)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def draw_outline(axes, mask: np.ndarray, colour: str) -> None:
-    """The outline of a mask (H, W) bool, with a dark edge. An empty mask has none."""
+def draw_outline(axes, mask: np.ndarray, colour: str, step: int = 1) -> None:
+    """The outline of a mask (H, W) bool, with a dark edge. An empty mask has none.
+
+    step: pixels of the image from one of the mask to the next.
+    """
     if mask.any():
         height, width = mask.shape
         padded = np.pad(mask, 1)  # the outline is closed also where the mask meets the border
-        x = np.arange(-1, width + 1)
-        y = np.arange(-1, height + 1)
+        x = np.arange(-1, width + 1) * step
+        y = np.arange(-1, height + 1) * step
         lines = axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=1.5)
         lines.set_path_effects(EDGE)
 

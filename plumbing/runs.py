@@ -72,6 +72,25 @@ def whole_file(path: Path):
             temporary.unlink(missing_ok=True)
 
 
+NUMBER = int | float
+METRICS = {"step": int} | dict.fromkeys(("reward", "iou", "clip_low", "clip_high"), NUMBER)
+RESULTS = {row: {"giou": NUMBER, "ciou": NUMBER, "n": int} for row in ("before", "ceiling")}
+ANSWER = {"format": bool, "box_iou": NUMBER, "points_inside": NUMBER}
+for prefix in ("", "ceiling_", "boxonly_"):
+    ANSWER |= {prefix + name: NUMBER for name in ("iou", "intersection", "union")}
+
+
+def has_form(value: object, form: object) -> bool:
+    """Whether what a file holds has a form: a type, or a dict with a form for each key it needs.
+
+    >>> has_form({"step": 3, "more": ""}, {"step": int}), has_form({"step": "3"}, {"step": int})
+    (True, False)
+    """
+    if not isinstance(form, dict):
+        return isinstance(value, form)
+    return isinstance(value, dict) and all(has_form(value.get(key), form[key]) for key in form)
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text)
@@ -80,6 +99,10 @@ def write_text(path: Path, text: str) -> None:
 def save_figure(figure, path: Path) -> None:
     with whole_file(path) as temporary:
         figure.savefig(temporary)
+
+
+def write_lines(file: Path, rows: list[dict]) -> None:
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_lines(file: Path, rows: list[dict]) -> None:
@@ -130,7 +153,7 @@ def start_metrics(out: Path, settings, steps: int) -> list[dict]:
     """
     if steps > settings.steps:
         raise UserError(f"--steps {settings.steps}: {out} has done {steps} already: name as many")
-    rows = read_rows(out / "metrics.jsonl", {"step"})[:steps] if steps else []
+    rows = read_rows(out / "metrics.jsonl", METRICS)[:steps] if steps else []
     start_log(out, settings, "metrics.jsonl", rows)
     return rows
 
@@ -140,8 +163,7 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
 
     Raises UserError if they are more than the `count` that `settings` ask for.
     """
-    keys = {"boxonly_iou", "skipped"}
-    rows = read_rows(out / "answers.jsonl", keys) if settings.resume else []
+    rows = read_rows(out / "answers.jsonl", ANSWER) if settings.resume else []
     if len(rows) > count:
         raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
     start_log(out, settings, "answers.jsonl", rows)
@@ -158,7 +180,7 @@ def read_other(file: str, count: int) -> list[dict]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
-    rows = read_rows(path, {"boxonly_iou", "skipped"})
+    rows = read_rows(path, ANSWER)
     if len(rows) != count:
         raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
     return rows
@@ -167,11 +189,11 @@ def read_other(file: str, count: int) -> list[dict]:
 def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     config = asdict(settings) | {"out": str(out), "resume": False}
     write_text(out / "config.json", json.dumps(config, indent=2))
-    write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(out / name, rows)
 
 
-def read_rows(file: Path, keys: set[str]) -> list[dict]:
-    """The lines of a log, each a JSON object with one of these keys. Empty without the file.
+def read_rows(file: Path, form: dict) -> list[dict]:
+    """The lines of a log, each of this form or a skipped answer. Empty without the file.
 
     Raises UserError if a line is anything else.
     """
@@ -182,7 +204,7 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not keys & row.keys():
+        if not (has_form(row, {"skipped": str}) or has_form(row, form)):
             raise UserError(f"{file} is damaged (line {number}): mend or delete it, then --resume")
         rows.append(row)
     return rows
@@ -246,6 +268,8 @@ class Checkpoint:
         # To the CPU: AdamW's step counters must stay there, or each update waits for the GPU.
         state = weights.read_tensors(self.file, "--resume")
         try:
+            if not has_form(state, {"step": int, "results": RESULTS}):
+                raise ValueError("it has no step, or other results")
             weights.compare(
                 expected=weights.shapes(self.adapter()),
                 given=weights.shapes(state["adapter"]),

@@ -147,7 +147,7 @@ def sam_weights(held: dict) -> dict[str, torch.Tensor]:
         if all(str(key).startswith(prefix) for key in held):
             held = {key.removeprefix(prefix): tensor for key, tensor in held.items()}
     return {
-        key: tensor
+        str(key): tensor
         for key, tensor in held.items()
         if isinstance(tensor, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
     }

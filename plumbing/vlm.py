@@ -1,5 +1,6 @@
 """vlm.py - running a Qwen-VL model: loading, chat template, image features, positions."""
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,8 @@ def open_model(vlm: str, dtype: torch.dtype | str, device: torch.device | str, o
     mend = "its file is damaged: fetch it again"
     if model.dtype == torch.float16:
         mend = f"float16 ends at 65,504: use --dtype bfloat16 or float32; or {mend}"
-    weights.check_finite(model.named_parameters(), f"{flag} in {model.dtype}", mend)
+    held = [(name, x) for name, x in model.named_parameters() if x.is_floating_point()]  # not 4 bit
+    weights.check_finite(held, f"{flag} in {model.dtype}", mend)
     return processor, model
 
 
@@ -244,6 +246,9 @@ def load_vlm(
     if adapter != "none":
         model = load_adapter(model, adapter)
     ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends
+    if max(ends) >= len(processor.tokenizer):  # completions would never end
+        raise UserError(f"--vlm {name}: its generation_config.json is of another model: {ends}")
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     model.eval().requires_grad_(False)
     return Policy(
@@ -253,15 +258,15 @@ def load_vlm(
         side=side,
         prompt=prompt,
         coordinates=coordinates,
-        end=torch.tensor([ends] if isinstance(ends, int) else ends, device=device),
+        end=torch.tensor(ends, device=device),
         banned=torch.tensor([getattr(config, token) for token in names], device=device),
         opening=template_end(processor),
         scaler=torch.amp.GradScaler(device.type, 2.0**12, enabled=dtype == torch.float16),
     )
 
 
-def read_adapter(adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The folder of a trained adapter, and its weights. Raises UserError."""
+def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor]]:
+    """The folder of a trained adapter, its configuration, and its weights. Raises UserError."""
     flag = f"--adapter {adapter}"
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
@@ -269,13 +274,30 @@ def read_adapter(adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
     file = weights.adapter_file(folder, flag)
     tensors = weights.read_tensors(file, flag)
     weights.check_finite(tensors.items(), f"{flag}: {file.name}", "it is damaged: fetch it again")
-    return folder, tensors
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of keys that it does not know, see below
+            config = PeftConfig.from_pretrained(folder)
+        stated = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        # A newer version writes its new keys into every file. Null, false or {} is a method unused.
+        ignored = [key for key, value in stated.items() if value and not hasattr(config, key)]
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
+    if ignored:
+        keys = ", ".join(ignored)
+        raise UserError(f"{flag}: this peft does not know its {keys}: pip install -U peft")
+    if config.is_prompt_learning:
+        raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
+    start = str(getattr(config, "init_lora_weights", ""))
+    if getattr(config, "alora_invocation_tokens", None) or "niter" in start:
+        reason = "it acts after some tokens only, or on base weights that were found at random"
+        raise UserError(f"{flag}: {reason}, which cannot be done here: use a plain LoRA")
+    return folder, config, tensors
 
 
 def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
     """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
     flag = f"--adapter {adapter}"
-    folder, tensors = read_adapter(adapter)
+    folder, config, tensors = read_adapter(adapter)
     try:
         with warnings.catch_warnings(action="ignore"):  # `check_keys` reports the same
             model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
@@ -284,10 +306,6 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
     except Exception as error:  # a damaged file can raise anything
         reason = weights.unreadable(str(folder), error)
         raise UserError(f"{flag}: it does not fit: {reason}") from error
-    config = model.active_peft_config
-    base_name = config.base_model_name_or_path
-    if config.is_prompt_learning:
-        raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
     missing = {key.replace(".default", "") for key in keys.missing_keys}
     expected = weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False))
     weights.check_keys(
@@ -295,7 +313,8 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         unknown=keys.unexpected_keys,
         sizes={key: (tensors[key].shape, expected[key]) for key in missing & tensors.keys()},
         what=flag,
-        mend=f"it was trained on {base_name}: use that --vlm, or fetch it again",
+        mend=f"it was trained on {config.base_model_name_or_path}: use that --vlm, or "
+        "fetch it again",
     )
     return model
 
@@ -307,11 +326,7 @@ def continue_adapter(model: PeftModel, adapter: str) -> None:
     is scaled in its factor B, so that it does the same. Raises UserError if it does not fit.
     """
     flag = f"--adapter {adapter}"
-    folder, tensors = read_adapter(adapter)
-    try:
-        given = PeftConfig.from_pretrained(folder)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
+    _, given, tensors = read_adapter(adapter)
     ours = model.active_peft_config
     if given.peft_type != ours.peft_type:
         raise UserError(f"{flag}: it is a {given.peft_type}, not LoRA: name another")

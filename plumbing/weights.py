@@ -33,21 +33,25 @@ def fault_of(file: Path) -> str:
         return "is a git-lfs pointer, not the file that it stands for: run `git lfs pull`"
     if not start:
         return "is empty: fetch it again"
+    types = set()
     try:
         if file.suffix == ".json":
             json.loads(file.read_text("utf-8"))
+        elif file.suffix == ".bin":
+            held = torch.load(file, map_location="meta", weights_only=True)  # reads no numbers
+            types = {x.dtype for x in dict(held).values() if isinstance(x, torch.Tensor)}
         elif file.suffix == ".safetensors":
             # This reads the header, and compares it with the size.
             with safe_open(file, "pt") as opened:
                 types = {part.get_dtype() for part in map(opened.get_slice, opened.keys())}
-            if types & {"I8", "U8"}:  # would be read as numbers without their scale
-                return "holds quantised weights, which are not read: fetch those in float"
-            # Some programs give a file its final size first, and write the data later. An adapter
-            # may end in zeros: so do the weights of an untrained one.
-            if file.name not in ADAPTER_FILES and not any(end_of(file)):
-                return "ends in zeros: its download was interrupted: fetch it again"
-    except (ValueError, safetensors.SafetensorError) as error:
+    except Exception as error:  # a damaged file can raise anything; this block only reads
         return f"is damaged or truncated: fetch it again ({reason_of(error)})"
+    if types & {"I8", "U8", torch.int8, torch.uint8}:  # would be read without their scale
+        return "holds quantised weights, which are not read: fetch those in float"
+    # Some programs give a file its final size first, and write the data later. An adapter may end
+    # in zeros: so do the weights of an untrained one.
+    if file.suffix == ".safetensors" and file.name not in ADAPTER_FILES and not any(end_of(file)):
+        return "ends in zeros: its download was interrupted: fetch it again"
     return ""
 
 
@@ -78,7 +82,7 @@ def read_tensors(file: Path, flag: str) -> dict:
         ) from error
     if not isinstance(tensors, dict):
         raise UserError(f"{flag}: {file} holds a {type(tensors).__name__}, not named weights")
-    return tensors
+    return {str(key): value for key, value in tensors.items()}
 
 
 def adapter_file(folder: Path, flag: str) -> Path:
@@ -98,8 +102,9 @@ def find_model(name: str, flag: str) -> tuple[str, dict]:
     options = {"trust_remote_code": False}  # else a terminal is asked whether to run the model's
     folder = Path(name).expanduser()
     if folder.is_dir():
-        # .json, .jinja and .safetensors: the libraries read some of them without noticing.
-        for file in sorted([*folder.glob("*.j*"), *folder.glob("*.safetensors")]):
+        # .json, .jinja and the weights: the libraries read some of them without noticing.
+        held = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+        for file in sorted([*folder.glob("*.j*"), *held]):
             if file.is_file() and (fault := fault_of(file)):
                 raise UserError(f"{flag}: {file.name} {fault}")
         return str(folder), options
@@ -209,15 +214,18 @@ def check_keys(missing: Collection, unknown: Collection, sizes: dict, what: str,
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str, mend: str) -> None:
-    """Raise UserError if a number is NaN or infinite. `tensors`: names and weights, on one device.
+    """Raise UserError if a weight is no tensor of floating-point numbers, or one of them is NaN or
+    infinite. `tensors`: names and weights, on one device.
 
     The sum shows it, without a second tensor of the size of the weight.
     """
     sums = {}
     for name, tensor in tensors:
-        if tensor.is_floating_point():
-            tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
-            sums[name] = tensor.detach().sum(dtype=torch.float32)
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        if not getattr(kind, "is_floating_point", False) or tensor.is_meta or tensor.is_sparse:
+            raise UserError(f"{what}: {name} ({kind}) holds no floating-point numbers: {mend}")
+        tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
+        sums[name] = tensor.detach().sum(dtype=torch.float32)
     if not sums:
         return
     finite = torch.stack(list(sums.values())).isfinite().tolist()  # one wait for a GPU

@@ -225,7 +225,7 @@ def test_a_folder_with_files_is_never_written_to(policy_folder, trained, evaluat
 
 
 PROGRAMS = "tools.report tools.merge tools.memory tools.demo tools.fetch tools.figures"
-PROGRAMS += " assignment.grade tiny.make_tiny examples.trl_grpo benchmarks.gpu_24gb"
+PROGRAMS += " samr1_mini assignment.grade tiny.make_tiny examples.trl_grpo benchmarks.gpu_24gb"
 
 
 def start(*command: object, **options) -> subprocess.CompletedProcess:
@@ -387,3 +387,28 @@ def test_the_flags_in_the_readme_exist():
     for command, rest in lines:
         fields = samr1_mini.parse_settings(command, []).__dataclass_fields__
         assert set(re.findall(r"--([a-z_]+)", rest)) <= {*fields, "help"}, rest
+
+
+def test_a_resumed_eval_tries_skipped_samples_again(refcocog, policy_folder, tmp_path):
+    """Their answers stand where they would have stood, and are those of a whole evaluation."""
+    root = Path(shutil.copytree(refcocog, tmp_path / "damaged"))
+    data = ("--vlm", policy_folder, "--data", f"refcocog:{root}/test", "--out")
+    heldout = load_data(f"refcocog:{root}/test", "heldout")
+    file = heldout.folder / heldout.expressions[0].image[0]
+    file = file.rename(file.with_suffix(".away"))
+    run("eval", *data, tmp_path / "eval")
+    assert "skipped" in answers(tmp_path / "eval")[0]
+    run("eval --resume --out", tmp_path / "eval")  # it is still missing
+    assert "skipped" in answers(tmp_path / "eval")[0]
+    file.rename(file.with_suffix(".jpg"))
+    run("eval --resume --out", tmp_path / "eval")
+    run("eval", *data, tmp_path / "whole")
+    assert answers(tmp_path / "eval") == answers(tmp_path / "whole")
+    results = (tmp_path / "eval" / "eval.json").read_text()
+    assert results == (tmp_path / "whole" / "eval.json").read_text() and "skipped" not in results
+
+
+def test_the_suffix_of_a_picture_may_be_in_capitals(tmp_path):
+    image = ROOT / "assets" / "tiers.png"
+    run("segment --query star --image", image, "--out", tmp_path / "found.PNG")
+    assert Image.open(tmp_path / "found.PNG").format == "PNG"

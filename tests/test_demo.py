@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -187,3 +188,19 @@ def test_load_draw_ask_edit_the_thought_ask_again(page, asker, monkeypatch):
     page.get_by_label("Query").fill(HOSTILE)
     page.get_by_role("button", name="Ask").click()
     wait_for("Completion", 1, HOSTILE)
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_changes_the_base_model_is_not_shown_beside_it(options, tmp_path):
+    """Without the adapter, these would not be the base model's answers."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    model = samr1_mini.load_policy(DemoSettings()).model
+    get_peft_model(model, lora).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--adapter .*tools.merge"):
+        demo.Asker(DemoSettings(adapter=str(tmp_path)))
+
+
+@pytest.mark.parametrize("query, thought", [("a" * 1001, ""), ("a", "[" * 10**5)])
+def test_a_text_that_would_keep_the_server_busy_is_refused(query, thought, asker):
+    with pytest.raises(UserError, match="at most 1000 characters"):
+        demo.answer(asker, True, demo.drawn_scene(2), query, thought)

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -630,3 +631,27 @@ def test_a_picture_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, name, 
     assert name in text and word in text
     text = error_of(photos.read_image, tmp_path / name, "the command")
     assert name in text and word in text and "the command" in text
+
+
+@pytest.mark.parametrize("label", ["target", "ignore"])
+def test_shares_of_a_picture_are_no_pixels(label):
+    shares = shape(label, *box(0.2, 0.25, 0.75, 1))
+    with pytest.raises(ValueError, match="write pixels"):
+        labelme_masks([shares], 640, 480)
+    with pytest.raises(ValueError, match="write pixels"):
+        coco_mask([[0.2, 0.25, 0.75, 0.25, 0.75, 1]], 640, 480)
+    pixels = shape("target", *box(8, 8, 20, 20))
+    assert labelme_masks([pixels, shares | {"label": "target"}], 640, 480)[0].sum() > 13 * 13
+
+
+@pytest.mark.parametrize("pixels", [33, 90])
+def test_a_picture_above_pillows_limit_is_refused_without_a_warning(pixels, tmp_path):
+    """Pillow warns above its limit, and refuses above twice that. In a process of its own, because
+    all warnings are errors here."""
+    Image.new("RGB", (pixels, 1)).save(tmp_path / "a.png")
+    code = "import sys, PIL.Image; from plumbing.photos import read_picture;"
+    code += "PIL.Image.MAX_IMAGE_PIXELS = 32; read_picture(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    *_, last = done.stderr.splitlines()
+    assert "UserError" in last and "DecompressionBomb" in last and "89 megapixels" in last

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -315,3 +316,64 @@ def test_missing_parts_and_damaged_files_are_named(name, note, run, tmp_path):
     (copy / "config.json").unlink()
     with pytest.raises(UserError, match=r"not the folder of a run: it has no config\.json"):
         report.report_html(copy)
+
+
+def edited(*path: object, value: object):
+    """A function that sets one value in the JSON of a file."""
+
+    def edit(file: Path) -> None:
+        held = inner = json.loads(file.read_text())
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        file.write_text(json.dumps(held))
+
+    return edit
+
+
+OTHER_FORMS = [
+    ("eval.json", lambda file: file.write_text("[]")),
+    ("eval.json", lambda file: file.write_text("[" * 100_000)),
+    ("eval.json", edited("before", value=[])),
+    ("eval.json", edited("before", "giou", value="high")),
+    ("eval.json", edited("after", "giou_95", value=None)),
+    ("metrics.jsonl", lambda file: file.write_text('{"reward": 1}\n')),
+    ("metrics.jsonl", lambda file: file.write_text("[1]\n")),
+    ("rollouts/step_00001.json", lambda file: file.write_text("[]")),
+    ("rollouts/step_00001.json", edited("train", value=[{}])),
+    ("rollouts/step_00001.json", edited("train", 0, "image", value="data:,")),
+    ("rollouts/step_00001.json", edited("train", 0, "completions", 0, "clipped", value=[7])),
+]
+
+
+@pytest.mark.parametrize("name, change", OTHER_FORMS)
+def test_a_file_of_another_form_is_named_in_one_line(name, change, run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    change(copy / name)
+    with pytest.raises(UserError, match=f"{Path(name).name} is damaged, or not of a run"):
+        report.report_html(copy)
+
+
+def test_a_log_of_steps_alone_is_drawn(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert "Curves of 2 steps" in report.report_html(copy)
+
+
+def test_a_large_picture_is_drawn_small_in_its_own_pixels(monkeypatch):
+    """The mask and the prompt stay where they are on the picture, on the same axes."""
+    image = Image.new("RGB", (300, 200), "navy")
+    mask = np.zeros((200, 300), bool)
+    mask[60:120, 90:180] = True
+    prompt = SamPrompt((90.0, 60.0, 180.0, 120.0), ((100.0, 70.0),))
+    drawn = []
+    for most in (300, 100):
+        monkeypatch.setattr(pictures, "DRAWN", most)
+        axes = pictures.found(image, "q", mask, prompt, "").axes[0]
+        drawn.append((axes.get_xlim(), axes.get_ylim(), axes.images[0].get_array().shape[:2]))
+        (outline,) = [c for c in axes.collections if isinstance(c, ContourSet)]
+        corners = outline.get_paths()[0].get_extents().get_points().ravel()
+        assert corners == pytest.approx([89.5, 59.5, 179.5, 119.5], abs=1.5)
+    (x, y, full), (small_x, small_y, small) = drawn
+    assert full == (200, 300) and small == (67, 100)
+    assert small_x == x and small_y == pytest.approx(y, abs=1)

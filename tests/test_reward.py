@@ -3,6 +3,7 @@ SamPredictor, pycocotools, a regular expression, and numbers worked out by hand.
 
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -728,3 +729,17 @@ def test_the_output_of_json_dumps_is_read_back(values, indent):
     assert answer.box == ((x1, y1, x2, y2) if valid else None)
     assert answer.points == (tuple(values[4:6]), tuple(values[6:]))
     assert answer.answer_format == valid
+
+
+ODD_NUMBERS = ["\u0661", "\uff11", "\u00b2", "1_000", "0x10", "inf", "nan", "1e400", "\ud800"]
+BRACKETS = [*(bracket * 10**5 for bracket in "[]{}()"), "[" * 900 + "]" * 900]
+
+
+@pytest.mark.parametrize("style", ["full", "segzero", "visionreasoner"])
+@pytest.mark.parametrize("text", [*ODD_NUMBERS, "1" + "0" * 400, *BRACKETS])
+def test_odd_numbers_and_brackets_give_finite_prompts_at_once(text, style):
+    box = f'"bbox": [{text}, 2, 60, 60], "bbox_2d": ["{text}", 2, 60, 60]'
+    started = time.perf_counter()
+    answer = parse_answer(f"<think>a</think><answer>[{{{box}}}]</answer>{text}", style)
+    assert time.perf_counter() - started < 0.5  # one core of a busy machine
+    assert all(math.isfinite(x) for x in answer.box or ())

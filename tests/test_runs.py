@@ -88,11 +88,14 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     open_run(tmp_path / "run", resume=True)  # a killed process leaves no lock
 
 
+METRICS = {"reward": 2.5, "iou": 0.5, "clip_low": 0.0, "clip_high": 0.0}
+
+
 def test_the_metrics_are_cropped_to_the_checkpoint(tmp_path):
     s = parse_settings("train", ["--lr", "0.5"])
-    rows = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    rows = [json.dumps({"step": step} | METRICS) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"st')
-    assert runs.start_metrics(tmp_path, s, 2) == [{"step": 1}, {"step": 2}]
+    assert [row["step"] for row in runs.start_metrics(tmp_path, s, 2)] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:2]
     assert runs.start_metrics(tmp_path, s, 0) == []
     config = json.loads((tmp_path / "config.json").read_text())
@@ -113,13 +116,14 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("line", [b"{]", b"null", b'{"other": 1}', b"\xff"])
+@pytest.mark.parametrize("line", [b"{]", b"null", b'{"step": 2}', b"\xff"])
 def test_a_damaged_log_is_named_and_stays(line, tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    content = json.dumps({"step": 1} | METRICS).encode() + b"\n" + line + b"\n"
+    file.write_bytes(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged.*mend or delete it"):
         runs.start_metrics(tmp_path, parse_settings("train", []), 2)
-    assert file.read_bytes() == b'{"step": 1}\n' + line + b"\n"
+    assert file.read_bytes() == content
 
 
 def test_presets_fill_in_and_a_flag_wins():
@@ -293,3 +297,14 @@ EXAMPLES = "answers intervals pictures prompts protocols sam scenes weights"
 def test_docstring_examples(module):
     failed, tried = doctest.testmod(importlib.import_module(f"plumbing.{module}"))
     assert tried and not failed
+
+
+@pytest.mark.parametrize(
+    "flag",
+    "lr=1e30 lr=2 temperature=1e30 beta=1e30 train_samples=1e13 group_size=1e12".split(),
+)
+def test_a_number_that_cannot_work_is_refused_with_both_bounds(flag):
+    name, _, value = flag.partition("=")
+    value = value if name in ("lr", "temperature", "beta") else str(int(float(value)))
+    with pytest.raises(UserError, match=f"--{name} .*: it must be from .* to "):
+        parse_settings("train", [f"--{name}", value])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import refused
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import samr1_mini
@@ -96,6 +96,7 @@ SPOILED_VLMS = [  # file, change, what the message must match
     (CONFIG, ("model_type", "qwen2_vl"), "it is a qwen2_vl: use a Qwen2.5-VL or a"),
     (CONFIG, ("text_config", "layer_types", 0, "linear_attention"), "linear_attention"),
     (CONFIG, ("image_token_id", 6), "of another model"),
+    ("generation_config.json", ("eos_token_id", [1, 151645]), "of another model"),
     (CONFIG, ("quantization_config", {"quant_method": "awq", "bits": 4}), r"\(awq\)"),
     ("processor_config.json", ("image_processor", "patch_size", 14), "of another model"),
 ]
@@ -244,6 +245,13 @@ FITTING = {
     "bin": (lora(), {"safe_serialization": False}),
     "modules_to_save": (lora(modules_to_save=["norm"]), {}),
     "dora": (lora(use_dora=True), {}),
+    "rslora": (lora(use_rslora=True), {}),
+    "patterns": (lora(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32}), {}),
+    "biases": (lora(bias="lora_only"), {}),
+    "pissa": (lora(init_lora_weights="pissa"), {}),
+    "tokens": (lora(trainable_token_indices=[3, 5]), {}),
+    "parameters": (lora(target_modules=[], target_parameters=["mlp.down_proj.weight"]), {}),
+    "head": (lora(target_modules=["lm_head"]), {"save_embedding_layers": True}),
     "some layers": (lora(target_modules=["q_proj"], layers_to_transform=[0, 2]), {}),
 }
 
@@ -266,7 +274,8 @@ NOT_CONTINUED = {
     "dora": (lora(use_dora=True), "it is a variant of LoRA"),
     "rslora": (lora(use_rslora=True), "it is a variant of LoRA"),
     "pissa": (lora(init_lora_weights="pissa"), "it is a variant of LoRA"),
-    "prompt": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "not LoRA"),
+    "prompt": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "a prompt"),
+    "layer norms": (LNTuningConfig(target_modules=["norm"]), "not LoRA"),
 }
 
 
@@ -353,7 +362,8 @@ def test_logits_that_overflow_are_refused(command, vlm, tmp_path):
 
 def test_the_scale_of_float16_is_resumed(tmp_path):
     """An older checkpoint has none."""
-    checkpoint(tmp_path, scale=64.0).save(1, samr1_mini.parse_settings("train", []), {})
+    results = {"before": METRICS, "ceiling": METRICS}
+    checkpoint(tmp_path, scale=64.0).save(1, samr1_mini.parse_settings("train", []), results)
     file = tmp_path / "checkpoint" / "state.pt"
     state = torch.load(file, weights_only=True)
     for expected in (64, 2):
@@ -407,3 +417,85 @@ def test_a_checkpoint_that_is_not_this_sam_is_refused(change, message, sam, tmp_
     torch.save(change(sam.state_dict()), tmp_path / "sam.pth")
     with pytest.raises(UserError, match=f"--sam tiny:.*sam.pth.*{message}"):
         load_sam(f"tiny:{tmp_path / 'sam.pth'}")
+
+
+def to_int8(held: dict) -> dict:
+    return {key: (held[key] * 10).to(torch.int8) for key in held}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (to_int8, r"\(torch.int8\) holds no floating"),
+        (lambda w: {key: w[key].to("meta") for key in w}, "holds no floating"),
+        (lambda w: w | {3: torch.ones(1), "b": torch.ones(1)}, r"does not have \(3\)"),
+        (lambda w: {"model": w | {3: torch.ones(1), "b": torch.ones(1)}}, r"does not have \(3\)"),
+    ],
+)
+def test_a_pickle_of_sam_that_holds_other_things_is_refused(change, message, sam, tmp_path):
+    torch.save(change(sam.state_dict()), tmp_path / "sam.pth")
+    with pytest.raises(UserError, match=f"--sam .*{message}"):
+        load_sam(f"tiny:{tmp_path / 'sam.pth'}")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (to_int8, "holds quantised weights"),
+        (lambda w: w | {"epoch": 3}, r"epoch \(int\) holds no floating"),
+        (lambda w: w | {3: torch.ones(1)}, "cannot be loaded"),
+    ],
+)
+def test_a_pickle_of_an_adapter_that_holds_other_things_is_refused(change, message, tmp_path):
+    save_adapter(tmp_path)
+    torch.save(change(load_file(tmp_path / FILE)), tmp_path / "adapter_model.bin")
+    (tmp_path / FILE).unlink()
+    with pytest.raises(UserError, match=f"--adapter .*{message}"):
+        open_tiny("tiny", adapter=str(tmp_path))
+
+
+def test_a_pickle_of_a_model_with_quantised_weights_is_refused(vlm):
+    torch.save(to_int8(load_file(vlm / MODEL)), vlm / "pytorch_model.bin")
+    open_tiny(vlm)  # the other file is read
+    (vlm / MODEL).unlink()
+    assert "pytorch_model.bin holds quantised weights" in refused(open_tiny, vlm)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("use_new_method", True, "this peft does not know its use_new_method"),
+        ("use_new_method", False, ""),
+        ("new_method_config", {}, ""),
+        ("init_lora_weights", "pissa_niter_4", "found at random"),
+        ("alora_invocation_tokens", [1, 2], "acts after some tokens only"),
+    ],
+)
+def test_what_peft_or_our_passes_would_leave_out_is_refused(key, value, message, tmp_path):
+    save_adapter(tmp_path)
+    edit(tmp_path / "adapter_config.json", key, value=value)
+    if message:
+        assert message in refused(open_tiny, adapter=str(tmp_path))
+    else:
+        open_tiny(adapter=str(tmp_path))
+
+
+METRICS = {"giou": 0.5, "ciou": 0.5, "n": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": None},
+        {"results": {}},  # the trained policy would be evaluated as the one before training
+        {"results": {"before": METRICS}},
+        {"results": {"before": METRICS, "ceiling": METRICS | {"giou": "0.5"}}},
+    ],
+)
+def test_a_checkpoint_of_another_form_is_refused(change, tmp_path):
+    before = checkpoint(tmp_path)
+    results = {"before": METRICS, "ceiling": METRICS}
+    before.save(1, samr1_mini.parse_settings("train", []), results)
+    assert checkpoint(tmp_path).load() == (1, results)
+    torch.save(torch.load(before.file, weights_only=True) | change, before.file)
+    assert "state.pt does not fit" in refused(checkpoint(tmp_path).load)

@@ -21,12 +21,11 @@ VLM   `Qwen2_5_VLForConditionalGeneration` on 64 x 64 pixels (16 image tokens), 
          have loose edges, points lie in the middle of the box, some answers are about the wrong
          object, some have a broken format. Each fault occurs in a share of the answers only, so
          the model still gives good answers, but rarely.
-      Why spoil the model? RL shifts probability between answers that the policy already gives. It
-      does not teach what was never learnt. A real base model is in that state: it can point at
-      things, but it does so carelessly and in formats of its own. With stage 1 alone, the tiny
-      model would leave nothing for GRPO to improve. So the headroom of the default run is made on
-      purpose, and more of stage 1 would beat RL here. It would not on a real task, where nobody
-      has the right reasoning to train on.
+      Why spoil the model? RL shifts probability between answers that the policy already gives. A
+      real base model can point at things, but it does so carelessly and in formats of its own. With
+      stage 1 alone, the tiny model would leave nothing for GRPO to improve. So the headroom of the
+      default run is made on purpose, and more of stage 1 would beat RL here. It would not on a real
+      task, where nobody has the right reasoning to train on.
 """
 
 import argparse
@@ -40,16 +39,13 @@ from plumbing.errors import exit_with_one_line
 from tiny.make_sam import report_sam, train_sam
 from tiny.make_vlm import report_vlm, train_vlm
 
-HERE = Path(__file__).resolve().parent
-
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tiny.make_tiny",
-        description="Rebuild the embedded models from random weights.",
-    )
+    parser = argparse.ArgumentParser("python -m tiny.make_tiny", description="Rebuild the models.")
     parser.add_argument("--only", choices=("sam", "vlm"), help="build one of the two")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="folder to write to"
+    )
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # tiny matrices gain nothing, and the data worker needs a core

@@ -26,7 +26,7 @@ from plumbing.sam import load_sam
 from plumbing.scenes import COLOURS, KINDS, Thing, interior_points, taught_thought
 from plumbing.vlm import load_vlm
 from reward import SamScorer, score_completions
-from tiny.make_sam import middle_points, optimisers, schedule
+from tiny.make_sam import jitter_box, middle_points, optimisers, schedule
 
 SIDE = 64  # of the square image that the VLM sees, pixels
 PATCH, MERGE = 8, 2  # 8 x 8 patches, merged 2 x 2: 16 image tokens
@@ -41,10 +41,6 @@ SHIFT, LOOSE = 0.6, 0.2
 MIDDLE = 0.35  # share with points in the middle of the box, where a cluster shows its upper shape
 WRONG, BROKEN = 0.5, 0.35  # share about an object drawn at random, share with a broken format
 
-
-# --------------------------------------------------------------------------------------------------
-# The VLM: processor, architecture
-# --------------------------------------------------------------------------------------------------
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|>
     <|image_pad|> <|video_pad|>""".split()
@@ -145,19 +141,11 @@ def build_vlm(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGenerat
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-# --------------------------------------------------------------------------------------------------
-# The VLM: lessons and training
-# --------------------------------------------------------------------------------------------------
+def write_answer(thing: Thing, size: tuple[int, int], box: tuple, points: tuple) -> str:
+    """The completion that names `thing` and answers with `box` and two points, in policy pixels.
 
-
-def write_answer(
-    thing: Thing,
-    size: tuple[int, int],
-    box: tuple[float, ...],
-    points: tuple[tuple[float, ...], ...],
-) -> str:
-    """The completion that names `thing` and answers with `box` and `points` (image pixels; `size`
-    is the image's W, H), in policy pixels."""
+    They are given in pixels of an image of `size` (W, H).
+    """
     x1, y1, x2, y2 = (round(v * SIDE / s) for v, s in zip(box, size * 2, strict=True))
     x1, y1 = (min(SIDE - 1, max(0, v)) for v in (x1, y1))
     x2, y2 = min(SIDE, max(x1 + 1, x2)), min(SIDE, max(y1 + 1, y2))
@@ -172,13 +160,7 @@ def write_answer(
 def spoil(rng: random.Random, things: list[Thing], target: int, size: tuple[int, int]) -> str:
     """A careless completion: see SHIFT, LOOSE, MIDDLE, WRONG, BROKEN."""
     thing = things[rng.randrange(len(things)) if rng.random() < WRONG else target]
-    x1, y1, x2, y2 = thing.box
-    sizes = (x2 - x1, y2 - y1) * 2
-    shift = [rng.uniform(-SHIFT, SHIFT) for _ in range(2)] * 2
-    box = tuple(
-        v + (s + rng.uniform(-LOOSE, LOOSE)) * d
-        for v, s, d in zip(thing.box, shift, sizes, strict=True)
-    )
+    box = jitter_box(rng, thing.box, SHIFT, LOOSE)
     points = middle_points(box) if rng.random() < MIDDLE else interior_points(thing.mask)
     text = write_answer(thing, size, box, points)
     if rng.random() >= BROKEN:
@@ -238,7 +220,6 @@ def train_vlm(out: Path) -> None:
     torch.manual_seed(0)
     processor = build_processor()
     vlm = build_vlm(processor)
-
     size = CLEAN_STEPS * BATCH
     scenes = Shapes("warmup", seed=2, size=size, hard_share=HARD_SHARE)
     lessons = VlmLessons(scenes, easy=int(EASY_SHARE * size))
@@ -281,11 +262,10 @@ def study(vlm, processor, lessons: Dataset, opts: list, steps: int, title: str) 
 
 def report_vlm(out: Path) -> None:
     """Print what the models reach on held-out scenes, through the code that evaluates a run."""
-    sam = load_sam(f"tiny:{out / 'sam.safetensors'}")
+    scorer = SamScorer(load_sam(f"tiny:{out / 'sam.safetensors'}"))
     for stage in ("vlm-clean", "vlm"):
         path = str(out / stage)
         policy = load_vlm(path, "cpu", SIDE, "brief")
-        scorer = SamScorer(sam)
         s = samr1_mini.parse_settings("train", ["--vlm", path])
         rows = samr1_mini.evaluate(policy, scorer, Shapes("heldout"), s, 256, stage)
         greedy = samr1_mini.compute_metrics(rows)

@@ -42,11 +42,6 @@ SAM turns these into a mask. **Change the thought** and let the policy go on fro
 answer follow? Outlines: green is the true mask, if it is known, and magenta is SAM's mask. Box and
 points are white."""
 THOUGHT = "Thought: edit it, for example to: the red triangle is at the bottom left"
-UNTRAINED = """This is the base model. To see a trained one beside it, train one (in minutes):
-
-    python samr1_mini.py train
-    python -m tools.demo --adapter runs/shapes-tiny-0/adapter
-"""
 
 
 @dataclass
@@ -70,6 +65,11 @@ class Asker:
         self.trained = s.adapter != "none"
         self.policy = load_policy(s, s.adapter)
         self.scorer = load_scorer(s, self.policy.device)
+        config = self.policy.model.active_peft_config if self.trained else None
+        start = str(getattr(config, "init_lora_weights", ""))
+        if getattr(config, "bias", "none") != "none" or start.startswith(("pissa", "olora")):
+            reason = "it changes weights of the base model, which could not be shown beside it"
+            raise UserError(f"--adapter {s.adapter}: {reason}: merge it (tools.merge), name --vlm")
 
     def complete(self, sample: Sample, trained: bool, start: str = "") -> str:
         """The greedy completion that begins with `start`."""
@@ -89,8 +89,9 @@ def drawn_scene(number: int) -> Sample:
     return SCENES[number]
 
 
-def uploaded_picture(file: str) -> Sample:
+def uploaded_picture(file: str | None) -> Sample:
     """A picture of the user's, scaled down to LARGEST."""
+    file = file or ""  # a client can send none
     try:
         image = read_picture(file)
     except UserError as error:
@@ -126,16 +127,14 @@ def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str 
     query = check_query(query)
     thought = thought or ""  # a client can send no text at all
     check_plain(thought, "thought")
+    if max(len(query), len(thought)) > LONGEST:  # Gradio limits what is typed, not what is sent
+        raise UserError(f"a query or a thought has at most {LONGEST} characters")
     known = query == shown.query
     sample = shown if known else without_mask(shown.image, query)
     text = asker.complete(sample, trained, f"<think>{thought}</think>" if thought else "")
+    policy = asker.policy
     scores = score_completions(
-        asker.scorer,
-        [sample],
-        [[text]],
-        extent=asker.policy.extent,
-        keep_masks=True,
-        style=asker.policy.prompt,
+        asker.scorer, [sample], [[text]], policy.extent, keep_masks=True, style=policy.prompt
     )  # (1, 1)
     mask = scores.overlap.masks[0][0].cpu().numpy()
     truth = sample.mask if known else None
@@ -164,7 +163,7 @@ def build_page(gr, asker: Asker):
     view = dict(height=420, format="png", interactive=False, buttons=["fullscreen"])
     # One event at a time: one that switches the adapter off does so for all of them.
     queue = {"concurrency_id": "models", "concurrency_limit": 1}
-    with gr.Blocks(title="SAM-R1 mini", analytics_enabled=False, delete_cache=(600, 600)) as page:
+    with gr.Blocks(title="SAM-R1 mini", delete_cache=(600, 600)) as page:
         gr.Markdown(INTRODUCTION)
         shown = gr.State(scene)
         with gr.Row():
@@ -174,8 +173,6 @@ def build_page(gr, asker: Asker):
                 upload = gr.UploadButton("Upload a picture", file_types=["image"])
                 query = gr.Textbox(asked, label="Query", max_length=LONGEST)
                 ask = gr.Button("Ask", variant="primary")
-                if not asker.trained:
-                    gr.Markdown(UNTRAINED)
             for trained in (False, True) if asker.trained else (False,):
                 with gr.Column():
                     gr.Markdown("### Trained model" if trained else "### Base model")
@@ -212,11 +209,11 @@ def main(argv: list[str]):
 
 def launch(gr, page, host: str, port: int) -> str:
     """Start the server in a thread of its own. Returns the page's address."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
-        theme=gr.themes.Default(**fonts),  # Gradio's own fonts come from another server
+        # Gradio's own fonts come from another server.
+        theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
         max_file_size=UPLOAD,
         show_error=True,
         share=False,

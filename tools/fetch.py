@@ -41,7 +41,7 @@ ARCHIVES = {
     for name, stamp in STAMPS.items()
 }
 COCO_URL = "http://images.cocodataset.org/train2014"
-COCO_MB = 0.163  # mean size of an image: train2014 has 82,783 images in 13.5 GB
+COCO_MB = 0.163  # mean size of an image
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
 SAM_FILES = {  # name, bytes
     "vit_b": ("sam_vit_b_01ec64.pth", 375_042_383),
@@ -63,9 +63,7 @@ GIVE_UP = 20  # images that could not be downloaded: the server is down
 AGAIN = "run the same command again"
 
 
-def download(
-    url: str, file: Path, check: Callable[[Path], object], size: int | None = None
-) -> None:
+def download(url: str, file: Path, check: Callable, size: int | None = None) -> None:
     """Download a file. It is called FILE.part until it is complete and `check` has passed.
 
     The hub's client connects again if the connection breaks, and notices missing bytes.
@@ -181,9 +179,7 @@ def fetch_sam(model: str, folder: Path) -> None:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != SAM_SHA256[model]:
-            raise UserError(
-                f"{path} is not the official file (SHA-256): move it away, then {AGAIN}"
-            )
+            raise UserError(f"{path} has another SHA-256 than SAM's: move it away, then {AGAIN}")
 
     if file.is_file():
         check(file)
@@ -195,8 +191,7 @@ def fetch_sam(model: str, folder: Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.fetch",
-        description="Download a data set or a SAM checkpoint. The same command resumes.",
+        "python -m tools.fetch", description="The same command resumes."
     )
     commands = parser.add_subparsers(dest="what", required=True)
     commands.add_parser("reasonseg", help="explains how to download ReasonSeg by hand")

@@ -8,8 +8,8 @@
 
 RUN is the folder of a finished run, such as runs/shapes-tiny-0. The figure is written to
 assets/NAME.png, or to --out FILE. benchmarks/ draws the other figures. assets/demo.png is a
-screenshot, 1280 pixels wide: start tools.demo with --adapter RUN/adapter, ask about scene 80, and
-let the trained model go on from "the red triangle is at the middle middle".
+screenshot, 1280 pixels wide: start tools.demo with --adapter RUN/adapter, ask about scene 94, and
+let the trained model go on from "the green ring is at the top left".
 """
 
 import argparse
@@ -27,7 +27,7 @@ from data import Sample
 from grpo import Completions, group_advantages, may_attend, pack
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
-from plumbing.runs import read_rows, save_figure
+from plumbing.runs import METRICS, read_rows, save_figure
 from plumbing.settings import Settings
 from plumbing.sources import load_data
 from plumbing.vlm import Prompts
@@ -94,7 +94,7 @@ def draw_curves(grid, *runs: Path) -> None:
     """A panel for each of the first PANELS, with a curve for each run."""
     for axes, (name, title) in zip(grid.flat, PANELS.items(), strict=False):
         for k, run in enumerate(runs):
-            rows = read_rows(run / "metrics.jsonl", {"step"})
+            rows = read_rows(run / "metrics.jsonl", METRICS)
             label = f"seed {read_settings(run).seed}"
             pictures.smooth(axes, rows, name, f"C{k}", label=label)
         axes.set_title(title, fontsize=10)
@@ -129,7 +129,10 @@ def loop(run: Path) -> Figure:
         mask = scores.overlap.masks[b][g].cpu().numpy()
         pictures.draw_answer(picture, batch[b].image, mask, scores.prompts[b][g])
         picture.set_title(f"3. SAM's mask: IoU {scores.iou[b, g]:.2f}", fontsize=9)
-        draw_advantage(bar, advantages[g])
+        bar.bar([0], [advantages[g]], color="C0" if advantages[g] > 0 else "C3", width=0.5)
+        bar.axhline(0, color="black", linewidth=0.8)
+        bar.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+        bar.set_xlabel(f"5. advantage {advantages[g]:+.2f}", fontsize=9)
         parts = [scores.accuracy[b, g], scores.think_format[b, g], scores.answer_format[b, g]]
         equation = " + ".join(f"{part:.0f}" for part in parts)
         bar.set_title(f"4. reward {equation} = {scores.reward[b, g]:.0f}", fontsize=9)
@@ -150,13 +153,6 @@ def draw_scene_and_note(figure, sample: Sample) -> None:
     )
     text = "\n\n".join(textwrap.fill(paragraph, 28) for paragraph in paragraphs)
     note.text(0, 0.95, text, va="top", fontsize=9, in_layout=False)
-
-
-def draw_advantage(axes, advantage: float) -> None:
-    axes.bar([0], [advantage], color="C0" if advantage > 0 else "C3", width=0.5)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[], yticks=[])
-    axes.set_xlabel(f"5. advantage {advantage:+.2f}", fontsize=9)
 
 
 def mask() -> Figure:

@@ -26,9 +26,9 @@ from plumbing.vlm import load_adapter, open_model
 def merge(vlm: str, adapter: Path, out: Path) -> None:
     """Merge the adapter in the folder `adapter` into the model `vlm`, and save it to `out`.
 
-    `out` is complete or not there. It is read again and compared with the adapter, because not
-    every adapter can be merged: an lm_head that shares its weights with the input embeddings would
-    change these too. Raises UserError.
+    `out` is complete or not there. It is read again and its logits are compared with the adapter's,
+    because not every adapter can be merged: an lm_head that shares its weights with the input
+    embeddings would change these too. Raises UserError.
     """
     if out.exists():
         raise UserError(f"--out {out} exists: name a new folder")
@@ -37,7 +37,7 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
     base = logits(model, inputs)
     trained = load_adapter(model, str(adapter))
     expected = logits(trained, inputs)
-    with warnings.catch_warnings(action="ignore"):  # of tied weights: `check_same` decides
+    with warnings.catch_warnings(action="ignore"):  # of tied weights: `difference` decides
         merged = trained.merge_and_unload()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,15 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
             share_weights(written)
             del model, trained, merged  # two of them may not fit into memory
             _, again = open_model(str(written), "auto", "cpu", options={})
-            check_same(logits(again, inputs), expected, base, again.dtype, f"--adapter {adapter}")
+            difference = logits(again, inputs) - expected
+            # The weights are rounded to their dtype once more, so the logits differ a little.
+            rounding = max(1e-4, 4 * torch.finfo(again.dtype).eps) * expected.norm()
+            if not difference.norm() <= 0.1 * (expected - base).norm() + rounding:
+                raise UserError(
+                    f"--adapter {adapter}: it cannot be merged: logits of the merged model differ "
+                    f"by {difference.abs().max():.2g} (an adapter of a tied lm_head?): use the "
+                    "adapter itself"
+                )
             os.replace(written, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out} cannot be written ({reason_of(error)})") from error
@@ -56,31 +64,14 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
 
 def one_prompt(processor) -> dict[str, torch.Tensor]:
     """A prompt with an image, so that no layer is left out."""
-    content = [{"type": "image"}, {"type": "text", "text": "find the red square on the left"}]
-    chat = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template([chat], tokenize=False, add_generation_prompt=True)
     image = Image.linear_gradient("L").convert("RGB")  # 256 x 256
-    return processor(text=text, images=[image], return_tensors="pt")
+    text = f"{processor.image_token}find the red square on the left"
+    return processor(text=[text], images=[image], return_tensors="pt")
 
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return model.eval()(**inputs).logits.float()
-
-
-def check_same(merged, adapter, base, dtype: torch.dtype, flag: str) -> None:
-    """Raise UserError if the merged model's logits are not the adapter's. base: without it.
-
-    The weights are rounded to `dtype` once more, so the logits differ a little.
-    """
-    rounding = max(1e-4, 4 * torch.finfo(dtype).eps) * adapter.norm()
-    difference = merged - adapter
-    if not difference.norm() <= 0.1 * (adapter - base).norm() + rounding:
-        largest = difference.abs().max()
-        raise UserError(
-            f"{flag}: it cannot be merged: the logits of the merged model differ by {largest:.2g} "
-            "(an adapter of a tied lm_head?): use the adapter itself"
-        )
 
 
 def base_of_run(adapter: Path) -> str:
@@ -93,16 +84,16 @@ def base_of_run(adapter: Path) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.merge", description="Merge a trained adapter into its base model."
+        "python -m tools.merge", description="Merge a trained adapter."
     )
     parser.add_argument("--adapter", type=Path, required=True, help="such as RUN/adapter")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--vlm", help="base model (default: that of the run): tiny, name or folder")
     args = parser.parse_args(argv)
-    args.adapter = args.adapter.expanduser()
-    args.out = args.out.expanduser()
-    merge(args.vlm or base_of_run(args.adapter), args.adapter, args.out)
-    print(f"written to {args.out}: load it with AutoModelForImageTextToText and AutoProcessor")
+    adapter = args.adapter.expanduser()
+    out = args.out.expanduser()
+    merge(args.vlm or base_of_run(adapter), adapter, out)
+    print(f"written to {out}: load it with AutoModelForImageTextToText and AutoProcessor")
 
 
 if __name__ == "__main__":

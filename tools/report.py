@@ -15,6 +15,8 @@ import html
 import io
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -22,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from plumbing import intervals, pictures
-from plumbing.errors import UserError, exit_with_one_line
+from plumbing.errors import UserError, exit_with_one_line, reason_of
 from plumbing.runs import write_text
 from reward import SamPrompt
 
@@ -69,13 +71,6 @@ def decode(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def text_html(answer: dict) -> str:
-    """The tokens of a completion, with marks at those that were clipped."""
-    sides = answer["clipped"] or [0] * len(answer["tokens"])
-    pairs = zip(answer["tokens"], sides, strict=True)
-    return "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
-
-
 def answer_html(one: dict, answer: dict) -> str:
     """A completion: its picture, reward, IoU, advantage, clipped tokens and text."""
     mask = np.asarray(decode(answer["mask"]))
@@ -88,10 +83,13 @@ def answer_html(one: dict, answer: dict) -> str:
     ).format_map(answer)
     if answer["advantage"] is not None:
         line += f", advantage <b>{answer['advantage']:+.3g}</b>"
-    if (clipped := answer["clipped"]) is not None:
-        line += f"<br>clipped {clipped.count(1)}\u25b2 {clipped.count(-1)}\u25bc of {len(clipped)}"
+    sides = answer["clipped"] or [0] * len(answer["tokens"])
+    if answer["clipped"] is not None:
+        line += f"<br>clipped {sides.count(1)}\u25b2 {sides.count(-1)}\u25bc of {len(sides)}"
+    pairs = zip(answer["tokens"], sides, strict=True)
+    text = "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
     shown = f'<img src="{pictures.data_uri(picture)}" alt="">'
-    return f"<li>{shown}<p>{line}</p><pre>{text_html(answer)}</pre></li>\n"
+    return f"<li>{shown}<p>{line}</p><pre>{text}</pre></li>\n"
 
 
 def scene_html(one: dict) -> str:
@@ -138,21 +136,29 @@ def results_html(results: dict) -> str:
 
 
 def curves_html(rows: list[dict]) -> str:
-    """The figure of `plumbing.pictures.curves`."""
+    """The figure of `plumbing.pictures.curves`, or "" before the first step."""
+    if not rows:
+        return ""
     buffer = io.BytesIO()
     pictures.curves(rows).savefig(buffer, format="png")
     uri = pictures.data_uri(Image.open(buffer))
     return f'<img src="{uri}" alt="Curves of {len(rows)} steps">'
 
 
-def read(file: Path, lines: bool = False):
-    """The JSON in a file, or a list of that in its lines. Raises UserError if it is damaged."""
+def section(file: Path, render: Callable[..., str], lines: bool = False) -> str:
+    """What `render` makes of the JSON in a file, or of a list of that in its lines.
+
+    Raises UserError if the file is damaged, or of another form: then `render` can raise anything.
+    """
     try:
         if lines:  # one without an end is still being written
-            return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): delete it, or what is damaged") from error
+            return render([json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]])
+        return render(json.loads(file.read_bytes()))
+    except Exception as error:
+        mend = "delete it, or what is damaged"
+        raise UserError(
+            f"{file} is damaged, or not of a run ({reason_of(error)}): {mend}"
+        ) from error
 
 
 def report_html(run: Path) -> str:
@@ -162,22 +168,23 @@ def report_html(run: Path) -> str:
     """
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no config.json")
-    config = read(run / "config.json")
-    if "vlm" not in config:  # the folder of a model has a config.json too
+    settings = section(run / "config.json", partial(json.dumps, indent=2))
+    if '"vlm": ' not in settings:  # the folder of a model has a config.json too
         raise UserError(f"{run} is not the folder of a run: its config.json is of something else")
     results = "<p>No evaluation was written yet.</p>"
     if (file := run / "eval.json").is_file():
-        results = results_html(read(file))
-    file = run / "metrics.jsonl"
-    rows = read(file, lines=True) if file.is_file() else []
+        results = section(file, results_html)
+    curves = "<p>No step was logged yet.</p>"
+    if (file := run / "metrics.jsonl").is_file():
+        curves = section(file, curves_html, lines=True) or curves
     files = sorted((run / "rollouts").glob("step_*.json"))
-    steps = [step_html(read(file), file == files[-1]) for file in files]
+    steps = [section(file, partial(step_html, last=file == files[-1])) for file in files]
     page = PAGE.substitute(
         name=html.escape(run.resolve().name),
         results=results,
-        curves=curves_html(rows) if rows else "<p>No step was logged yet.</p>",
+        curves=curves,
         steps="".join(steps) or "<p>No rollouts were logged.</p>",
-        config=html.escape(json.dumps(config, indent=2)),
+        config=html.escape(settings),
     )
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
