@@ -12,6 +12,7 @@ from makers import ellipse, jpeg, make_refcocog, picture, read_rows, run, serve
 from PIL import Image
 from pyarrow import parquet
 
+import samr1_mini
 from data import BadSample, RefCOCO
 from plumbing import hub
 from plumbing.errors import UserError
