@@ -1,6 +1,7 @@
 """Fixtures that the tests share, loaded once a session, and how unsolved exercises are skipped."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,15 @@ samr1_mini.EVAL_SAMPLES = 4  # short evaluations before and after training
 def program(monkeypatch):
     """Messages name the program that runs. In tests, that is samr1_mini.py and not pytest."""
     monkeypatch.setattr(sys, "argv", ["samr1_mini.py"])
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run sets its own. Afterwards Ctrl-C ends the tests again."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def missing_exercise(error: BaseException | None) -> str | None:

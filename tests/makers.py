@@ -1,5 +1,8 @@
-"""Small data sets in the formats of the published ones, and a web server that fails on demand.
+"""What several test files need: commands and their files, small data sets in the formats of the
+published ones, and a web server that fails on demand.
 
+run(command), refused(action)               a command of samr1_mini.py; the message of a UserError
+read_rows(file), contents(folder)           a log of a run; all bytes in a folder
 make_refcocog(root), make_refcoco(root)     REFER's layout: refs(...).p, instances.json, photographs
 make_reasonseg(root)                        LISA's layout: labelme polygons, UTF-8 and cp1252
 serve()                                     see `Host`
@@ -20,10 +23,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
+
+import samr1_mini
+from plumbing.errors import UserError
 
 IMAGES = Path("images", "mscoco", "images", "train2014")
 PYTHON2 = Path(__file__).with_name("refs_python2.p")
+
+
+def run(command: str, *more: object) -> None:
+    samr1_mini.main([*command.split(), *map(str, more)])
+
+
+def refused(action, *arguments: object, **named: object) -> str:
+    """The message of the UserError that an action raises. It must be one line."""
+    with pytest.raises(UserError) as error:
+        action(*arguments, **named)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def picture(
@@ -57,11 +85,6 @@ def runs(mask: np.ndarray) -> list[int]:
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, flat.size]).tolist()
     return [0, *counts] if flat[0] else counts
-
-
-# --------------------------------------------------------------------------------------------------
-# RefCOCO
-# --------------------------------------------------------------------------------------------------
 
 
 def make_refcocog(root: Path, images: bool = True) -> SimpleNamespace:
@@ -119,11 +142,6 @@ def make_refer(root: Path, name: str, refs_name: str, splits: list[str], images:
     return SimpleNamespace(root=root, name=name, refs=refs, instances=instances, jpegs=jpegs)
 
 
-# --------------------------------------------------------------------------------------------------
-# ReasonSeg
-# --------------------------------------------------------------------------------------------------
-
-
 def shape(label: str, *points: tuple[float, float], kind: str = "polygon", **more) -> dict:
     """A labelme shape."""
     return {"label": label, "shape_type": kind, "points": [list(p) for p in points], **more}
@@ -133,52 +151,8 @@ def box(x1: float, y1: float, x2: float, y2: float) -> list[tuple[float, float]]
     return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
 
 
-# name: (width, height, queries, shapes). The expected masks are in test_photos.py.
-REASONSEG = {
-    "caf\u00e9_0001": (
-        40,
-        30,
-        ["What at the caf\u00e9 keeps the rain off\u2026", "another wording"],
-        [shape("target", *box(4.9, 5.2, 20.7, 18.9))],
-    ),
-    "flagged_0002": (
-        24,
-        16,
-        ["the part that opens"],
-        [shape("Flag", *box(0, 0, 23, 15)), shape("target", *box(2, 3, 9, 8))],
-    ),
-    "overlap_0003": (
-        24,
-        16,
-        ["what is ripe"],
-        [
-            shape("ignore", *box(8, 2, 13, 9)),
-            shape("target", *box(2, 2, 10, 13)),
-            shape("Ignore_edge", *box(1, 12, 20, 14)),
-        ],
-    ),
-    "nested_0004": (
-        26,
-        18,
-        ["the outer ring and its core"],
-        [
-            shape("target", *box(11, 7, 14, 10)),
-            shape("ignore", *box(7, 4, 18, 13)),
-            shape("target", *box(2, 1, 23, 16)),
-        ],
-    ),
-    "thin_0005": (
-        20,
-        14,
-        ["the rope, the dot and the pole"],
-        [
-            shape("target", (1, 1), (17, 6), (1, 1)),
-            shape("target", (4, 11)),
-            shape("rope", (12.6, 8.2), (12.9, 12.7)),
-            shape("target", (2, 4), (3, 9)),
-        ],
-    ),
-}
+# {name: {"size": (width, height), "text", "shapes"}}. The expected masks are in test_photos.py.
+REASONSEG = json.loads(Path(__file__).with_name("reasonseg.json").read_text("utf-8"))
 
 
 def make_reasonseg(
@@ -188,18 +162,13 @@ def make_reasonseg(
     for split in splits:
         folder = Path(root) / split
         folder.mkdir(parents=True, exist_ok=True)
-        for k, (name, (width, height, text, shapes)) in enumerate(REASONSEG.items()):
-            outlines = [one["points"] for one in shapes if len(one["points"]) > 1]
-            (folder / f"{name}.jpg").write_bytes(jpeg(picture(width, height, k, outlines)))
-            note = {"shapes": shapes, "text": text, "is_sentence": len(text[0].split()) > 3}
+        for k, (name, one) in enumerate(REASONSEG.items()):
+            outlines = [shape["points"] for shape in one["shapes"] if len(shape["points"]) > 1]
+            (folder / f"{name}.jpg").write_bytes(jpeg(picture(*one["size"], k, outlines)))
+            note = {"shapes": one["shapes"], "text": one["text"], "is_sentence": True}
             content = json.dumps(note, ensure_ascii=False).encode("utf-8" if k else "cp1252")
             (folder / f"{name}.json").write_bytes(content)
     return SimpleNamespace(root=Path(root), names=sorted(REASONSEG))
-
-
-# --------------------------------------------------------------------------------------------------
-# A web server
-# --------------------------------------------------------------------------------------------------
 
 
 class Host:

@@ -38,11 +38,6 @@ def finish(run: Path, ious: list[float], giou: float) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# --------------------------------------------------------------------------------------------------
-# Sweeps
-# --------------------------------------------------------------------------------------------------
-
-
 def test_steps_until_a_mark():
     assert sweep.steps_until(RISE, 0.65) == 66
     assert sweep.steps_until(RISE[::-1], 0.65) == 6  # the first step at which the window fits
@@ -134,11 +129,6 @@ def test_the_run_with_wrong_coordinates_reads_thousandths(tmp_path):
     assert before["format"] > 0.5 and before["box"] == 0  # all boxes lie in a corner
 
 
-# --------------------------------------------------------------------------------------------------
-# Speed
-# --------------------------------------------------------------------------------------------------
-
-
 def test_ways_take_turns_and_the_first_turn_warms_up():
     order = []
     times = {"ours": [9.0, 1.0, 5.0, 3.0], "theirs": [9.0, 2.0, 2.0, 8.0]}
@@ -176,11 +166,6 @@ def test_our_side_of_the_comparison_with_trl_trains(tmp_path):
     flags = f"{vs_trl.ALWAYS} {vs_trl.FLAGS['small']} {QUICK} --steps 3 --out {tmp_path / 'run'}"
     result = vs_trl.train_ours(parse_settings("train", flags.split()), "small")
     assert len(result["reward"]) == 3 and result["MiB added"] >= 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Thoughts
-# --------------------------------------------------------------------------------------------------
 
 
 def test_forced_tokens_are_computed_like_sampled_ones():

@@ -38,11 +38,6 @@ def asker(tmp_path_factory):
     return demo.Asker(DemoSettings(adapter=str(folder)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Asking the models
-# --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("start", ["", "<think>the red star is at the top left</think>"])
 def test_the_base_model_continues_from_a_start_as_generate_does(asker, start):
     """transformers' `generate` reads the prompt and the start as one text, without any adapter."""
@@ -79,32 +74,19 @@ def test_an_answer_shows_the_reward_of_training_if_the_true_mask_is_known(asker,
     green = (np.asarray(picture) == (0, 255, 0)).all(2)
     assert green.any()
 
-    thought, text, picture, shown = demo.answer(asker, False, scene, "the largest circle")
+    thought, text, picture, shown = demo.answer(asker, False, scene, "the largest circle", None)
     assert text.startswith(f"<think>{thought}</think>")
     assert "reward and IoU need the true mask" in shown and "accuracy" not in shown
     assert not (np.asarray(picture) == (0, 255, 0)).all(2).any()
 
 
-# --------------------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("query", "thought"), [("", ""), ("<|image_pad|>", ""), ("a", "<|im_end|>")]
-)
+@pytest.mark.parametrize(("query", "thought"), [("", ""), ("a", "<|im_end|>")])
 def test_texts_that_no_policy_should_read_are_refused(asker, query, thought):
     with pytest.raises((UserError, ValueError), match="query|thought"):
         demo.answer(asker, True, demo.drawn_scene(2), query, thought)
 
 
-def test_no_thought_is_an_empty_thought(asker):
-    scene = demo.drawn_scene(2)
-    shown = [demo.answer(asker, True, scene, scene.query, thought) for thought in (None, "")]
-    assert shown[0][:2] == shown[1][:2]
-
-
-@pytest.mark.parametrize("number", [-1, 100_000, None])
+@pytest.mark.parametrize("number", [100_000, None])
 def test_scenes_that_do_not_exist_are_refused(number):
     with pytest.raises(UserError, match="from 0 to 99999"):
         demo.drawn_scene(number)
@@ -134,17 +116,9 @@ def test_a_port_in_use_is_named(monkeypatch):
     monkeypatch.setattr(demo, "Asker", lambda s: SimpleNamespace(trained=False))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
+        assert DemoSettings().host == "127.0.0.1"  # for this machine unless asked otherwise
         with pytest.raises(UserError, match=f"--port {port}"):
             demo.main(["--port", str(port)])
-
-
-def test_the_page_is_for_this_machine_unless_asked_otherwise():
-    assert DemoSettings().host == "127.0.0.1"
-
-
-# --------------------------------------------------------------------------------------------------
-# The page in a browser
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

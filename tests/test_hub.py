@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
-from makers import ellipse, jpeg, make_refcocog, picture, serve
+from makers import ellipse, jpeg, make_refcocog, picture, read_rows, run, serve
 from PIL import Image
 from pyarrow import parquet
 
+import samr1_mini
 from data import BadSample, RefCOCO
 from plumbing import hub
 from plumbing.errors import UserError
@@ -56,11 +57,6 @@ def error_of(spec: str, split: str) -> str:
     return message
 
 
-# --------------------------------------------------------------------------------------------------
-# Evaluation sets
-# --------------------------------------------------------------------------------------------------
-
-
 def test_images_queries_and_masks_are_those_of_the_files(tmp_path):
     rows = masked_rows()
     found = load_data(write(tmp_path / "ReasonSeg_val", rows), "heldout")
@@ -80,46 +76,25 @@ def test_a_set_that_datasets_wrote_itself_is_read_the_same(tmp_path):
     """`datasets` keeps its own types in the file, such as Image. One file may have any name."""
     rows = masked_rows()
     plain = load_data(write(tmp_path / "mail@home", rows), "heldout")  # @ starts no ROOT here
-    types = {"image": datasets.Image(), "text": datasets.Value("string")}
-    types |= {"mask": datasets.Sequence(datasets.Sequence(datasets.Value("bool")))}
-    types |= {name: datasets.Value("string") for name in ("image_id", "ann_id")}
-    types |= {name: datasets.Value("int64") for name in ("img_height", "img_width")}
+    written = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     (tmp_path / "typed").mkdir()
-    typed = datasets.Dataset.from_list(rows, features=datasets.Features(types))
-    typed.to_parquet(tmp_path / "typed" / "any.parquet")
-    found = load_data(f"hub:{tmp_path}/typed", "heldout")
-    for one, other in zip(plain, found, strict=True):
-        assert np.array_equal(one.mask, other.mask) and np.array_equal(one.image, other.image)
-
-
-def test_a_folder_of_save_to_disk_is_read_the_same(tmp_path):
-    rows = masked_rows()
-    plain = load_data(write(tmp_path / "plain", rows), "heldout")
-    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    found = load_data(f"hub:{tmp_path}/saved", "heldout")
-    for one, other in zip(plain, found, strict=True):
-        assert np.array_equal(one.mask, other.mask) and np.array_equal(one.image, other.image)
-
-
-def deep_png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("I;16", (40, 30)).save(buffer, "PNG")
-    return buffer.getvalue()
+    written.to_parquet(tmp_path / "typed" / "any.parquet")
+    written.save_to_disk(tmp_path / "saved")
+    for folder in ("typed", "saved"):
+        found = load_data(f"hub:{tmp_path}/{folder}", "heldout")
+        for one, other in zip(plain, found, strict=True):
+            assert np.array_equal(one.mask, other.mask) and np.array_equal(one.image, other.image)
 
 
 BROKEN = {
     "no image": {"image": None},
     "no bytes": {"image": {"bytes": None, "path": "x.jpg"}},
-    "image of another kind": {"image": {"bytes": b"GIF89a" + bytes(99), "path": ""}},
-    "image with 16 bits": {"image": {"bytes": deep_png(), "path": ""}},
     "image of another size": {"image": {"bytes": jpeg(picture(41, 30, 0)), "path": ""}},
     "special token": {"text": "the <|image_pad|> thing"},
-    "no mask": {"mask": None},
     "ragged mask": {"mask": [[True] * 40] * 28 + [[True] * 39, [True] * 41]},
     "missing pixel": {"mask": [[True] * 40] * 29 + [[None] + [True] * 39]},
     "mask of the transposed size": {"mask": [[True] * 30] * 40},
     "other width": {"img_width": 41},
-    "no height": {"img_height": None},
 }
 
 
@@ -135,23 +110,8 @@ def test_a_broken_row_is_a_bad_sample_and_the_others_are_read(tmp_path):
     assert found[len(BROKEN)].mask.any()
 
 
-def test_exif_rotation_is_applied_as_datasets_does(tmp_path):
-    row, exif, buffer = masked_rows()[0], Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6  # rotate by 90 degrees to display
-    picture(30, 40, 0).save(buffer, "JPEG", exif=exif)
-    row["image"] = {"bytes": buffer.getvalue(), "path": ""}
-    name = write(tmp_path / "turned", [row])
-    shown = datasets.Image().decode_example(row["image"])
-    assert np.array_equal(load_data(name, "heldout")[0].image, shown)
-
-
-# --------------------------------------------------------------------------------------------------
-# Names and columns
-# --------------------------------------------------------------------------------------------------
-
-
-def test_a_wrong_name_is_one_line(tmp_path):
-    for wrong in ("hub:csv", f"hub:{tmp_path}/nothing", "hub:../x"):
+def test_a_wrong_name_is_one_line(tmp_path, monkeypatch):
+    for wrong in ("hub:csv", f"hub:{tmp_path}/nothing"):
         assert "neither a folder nor OWNER/SET" in error_of(wrong, "heldout")
     assert "hub:NAME" in error_of("hub:", "heldout")
     (tmp_path / "damaged").mkdir()
@@ -160,6 +120,9 @@ def test_a_wrong_name_is_one_line(tmp_path):
     for part in ("train", "validation"):
         name = write(tmp_path / "parts", masked_rows(), part)
     assert "validation" in error_of(name, "heldout")  # neither is the right one
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in error_of(name, "heldout")
+    assert len(load_data("shapes", "heldout"))
 
 
 def test_no_network_and_an_unknown_name_are_one_line(monkeypatch):
@@ -173,19 +136,10 @@ def test_no_network_and_an_unknown_name_are_one_line(monkeypatch):
         assert "Check its name" in error_of("hub:owner/set", "heldout") and host.requests
 
 
-def test_without_datasets_the_package_is_asked_for(tmp_path, monkeypatch):
-    name = write(tmp_path / "set", masked_rows())
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in error_of(name, "heldout")
-    assert len(load_data("shapes", "heldout"))
-
-
-@pytest.mark.parametrize("column", ["image", "mask", "img_width"])
-def test_a_set_without_a_column_is_refused_with_the_columns_it_has(column, tmp_path):
-    rows = [{k: v for k, v in row.items() if k != column} for row in masked_rows()]
+def test_a_set_without_a_column_is_refused_with_the_columns_it_has(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "mask"} for row in masked_rows()]
     message = error_of(write(tmp_path / "cut", rows), "heldout")
-    assert f"lacks {column}:" in message
-    assert all(other in message for other in hub.MASKED)
+    assert "lacks mask:" in message and all(other in message for other in hub.MASKED)
 
 
 def test_the_other_sort_of_set_is_refused_with_a_hint(tmp_path, refcocog):
@@ -198,11 +152,6 @@ def test_the_other_sort_of_set_is_refused_with_a_hint(tmp_path, refcocog):
     assert f"{name}@ROOT" in error_of(name, "heldout")
     message = error_of(f"{name}@{tmp_path}/nowhere", "train")
     assert "instances.json is missing" in message and "tools.fetch refcocog" in message
-
-
-# --------------------------------------------------------------------------------------------------
-# Training sets
-# --------------------------------------------------------------------------------------------------
 
 
 def joined_rows(made) -> list[dict]:
@@ -250,15 +199,12 @@ def test_masks_are_joined_by_annotation_and_have_the_original_size(tmp_path, ref
 
 def test_rows_without_a_partner_are_left_out_and_counted(tmp_path, refcocog, capsys):
     rows = joined_rows(refcocog)
-    ids = ["no number", "refcocog_1_999999", "9" * 5000, ""]
-    others = [rows[0] | {"id": name} for name in ids]
+    others = [rows[0] | {"id": name} for name in ("no number", "refcocog_1_999999", "9" * 5000)]
     spec = train_set(tmp_path / "set", refcocog, rows + others)
     assert len(load_data(spec, "train")) == len(rows)
-    assert f"skipped: {len(ids)} of {len(rows + others)} rows" in capsys.readouterr().err
-    alone = train_set(tmp_path / "alone", refcocog, others)
-    assert "instances.json" in error_of(alone, "train") and "'no number'" in error_of(
-        alone, "train"
-    )
+    assert f"skipped: {len(others)} of {len(rows + others)} rows" in capsys.readouterr().err
+    message = error_of(train_set(tmp_path / "alone", refcocog, others), "train")
+    assert "instances.json" in message and "'no number'" in message
 
 
 def test_refers_val_is_held_out_if_it_is_there(tmp_path, refcocog):
@@ -288,33 +234,30 @@ def test_without_val_rows_on_other_images_are_held_out(tmp_path, refcocog, capsy
 
 
 def test_broken_training_rows_are_bad_samples(tmp_path, refcocog):
-    good = joined_rows(refcocog)[0]
-    changes = [{"problem": ""}, {"img_width": 97}, {"image": None}, {"img_height": None}]
-    spec = train_set(tmp_path / "set", refcocog, [good | change for change in changes])
-    found = load_data(spec, "train")
-    for index in range(len(changes)):
+    good, empty, *_ = joined_rows(refcocog)
+    refcocog.instances["annotations"][1]["segmentation"] = [[3, 3, 3, 3, 3, 3]]
+    file = refcocog.root / "refcocog" / "instances.json"
+    file.write_text(json.dumps(refcocog.instances))
+    changes = [{"problem": ""}, {"img_width": 97}, {"image": None}]
+    rows = [good | change for change in changes] + [empty]
+    found = load_data(train_set(tmp_path / "set", refcocog, rows), "train")
+    assert len(found) == len(rows)
+    for index in range(len(rows)):
         with pytest.raises(BadSample, match="row \\d"):
             found[index]
 
 
-# --------------------------------------------------------------------------------------------------
-# Commands
-# --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_hub_sets_are_trained_on_and_evaluated(tmp_path, refcocog, capsys):
-    import samr1_mini
-
     spec = train_set(tmp_path / "set", refcocog, joined_rows(refcocog))
-    quick = "--steps 2 --prompts_per_step 2 --group_size 2".split()
-    samr1_mini.main(["train", *quick, "--data", spec, "--out", str(tmp_path / "run")])
+    quick = "--steps 2 --prompts_per_step 2 --group_size 2"
+    run(f"train {quick} --data", spec, "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert results["after"]["n"] == samr1_mini.EVAL_SAMPLES and len(results) == 3
     name = write(tmp_path / "ReasonSeg_test", masked_rows())
-    samr1_mini.main(["eval", "--data", name, "--out", str(tmp_path / "eval")])
+    run("eval --data", name, "--out", tmp_path / "eval")
     said = capsys.readouterr().out
     assert "--protocol lisa needs marked ignored pixels" in said
     assert "gIoU 60.2, cIoU 54.3; probably" in said  # the paper's, found by the name of the set
-    rows = [json.loads(x) for x in (tmp_path / "eval" / "answers.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "eval" / "answers.jsonl")
     assert len(rows) == 3 and all("segzero" in row and "lisa" not in row for row in rows)

@@ -1,6 +1,5 @@
 """Figures of runs, the record of rollouts, and the report page of a run."""
 
-import doctest
 import html
 import io
 import json
@@ -13,11 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models
@@ -32,11 +28,6 @@ from tools import report
 ROOT = Path(report.__file__).resolve().parent.parent
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror="alert(2)"><!-- <b> $name'
 COMPACT = '<think>a star</think><answer>{"bbox":[1,20,333,444],"points_1":[5,66],"points_2":[7,8]}'
-
-
-def test_docstrings():
-    failed, tried = doctest.testmod(pictures)
-    assert tried and not failed
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +49,6 @@ def rolled(samples, scorer, tokenizer):
     return SimpleNamespace(texts=texts, completions=Completions(ids, mask), scores=scores)
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures
-# --------------------------------------------------------------------------------------------------
-
-
 def pixels_of(figure: Figure) -> np.ndarray:
     """(H, W, 3) uint8"""
     buffer = io.BytesIO()
@@ -81,16 +67,6 @@ def test_the_running_mean_does_not_lag_and_leaves_out_missing_values():
     assert len(steps) == 200 - 14  # windows of 15 steps
     assert np.interp(0.5, mean, steps) == pytest.approx(99.5, abs=0.01)
     assert mean.min() == 0 and mean.max() == 1
-
-
-def test_an_outline_closes_at_the_border_and_an_empty_mask_has_none():
-    image = Image.new("RGB", (40, 40), "lime")
-    empty = np.zeros((40, 40), bool)
-    none = SamPrompt(None, ())
-    assert len(np.unique(np.asarray(pictures.answer_picture(image, empty, none)))) == 2  # 0, 127
-    full = np.asarray(pictures.answer_picture(image, ~empty, none))
-    for side in (full[0], full[-1], full[:, 0], full[:, -1]):
-        assert (side[2:-2] != (0, 255, 0)).any(1).all()
 
 
 @pytest.mark.parametrize("width", [20, 32])
@@ -131,46 +107,23 @@ def test_the_evaluation_sheet_shows_best_median_and_worst(samples, scorer):
     assert [axes.get_title() for axes in figure.axes] == expected
 
 
-def write_font(file: Path, characters: str, family: str) -> None:
-    """A font in which each of these characters is a triangle."""
-    names = {ord(c): f"u{ord(c):04X}" for c in characters}
-    pen = TTGlyphPen(None)
-    pen.moveTo((50, 0))
-    pen.lineTo((450, 700))
-    pen.lineTo((850, 0))
-    pen.closePath()
-    glyphs = [".notdef", *names.values()]
-    font = FontBuilder(1000)
-    font.setupGlyphOrder(glyphs)
-    font.setupCharacterMap(names)
-    font.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
-    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 50)))
-    font.setupHorizontalHeader(ascent=800, descent=-200)
-    font.setupNameTable({"familyName": family, "styleName": "Regular"})
-    font.setupOS2()
-    font.setupPost()
-    font.save(file)
-
-
 @pytest.mark.parametrize("installed", [True, False])
-def test_other_scripts_have_their_font_or_a_note(installed, samples, rolled, tmp_path, monkeypatch):
-    """matplotlib warns about a box in place of a character, and a warning fails this test."""
-    font = tmp_path / "font.ttf"
-    write_font(font, "红色的圆形", "WenQuanYi Zen Hei" if installed else "Unknown")
-    plain = [one for one in fontManager.ttflist if not pictures.SCRIPTS.search(one.name)]
-    monkeypatch.setattr(fontManager, "ttflist", plain)
-    fontManager.addfont(font)
+def test_other_scripts_have_their_font_or_a_note(installed, samples, rolled, monkeypatch):
+    """matplotlib warns about a box in place of a character, and a warning fails this test.
+
+    Of the fonts that it comes with, STIX has a character that the others lack.
+    """
+    assert pictures.SCRIPTS.search("WenQuanYi Zen Hei")
+    monkeypatch.setattr(pictures, "SCRIPTS", re.compile("STIXGeneral$" if installed else "none"))
     pictures.font_of.cache_clear()
-    mask = rolled.scores.overlap.masks[0][0].numpy()
-    figure = evaluation.found(
-        samples[0].image, "红色的圆形 A", mask, rolled.scores.prompts[0][0], "红 B"
-    )
+    mask, prompt = rolled.scores.overlap.masks[0][0].numpy(), rolled.scores.prompts[0][0]
+    figure = evaluation.found(samples[0].image, "\u2316 A", mask, prompt, "\u2316 B")
     pixels_of(figure)
     title, below = figure.axes[0].title, figure.axes[0].xaxis.label
     pictures.font_of.cache_clear()
     if installed:
-        assert (title.get_text(), below.get_text()) == ("红色的圆形 A", "红 B")
-        assert title.get_fontfamily() == ["DejaVu Sans", "WenQuanYi Zen Hei"]
+        assert (title.get_text(), below.get_text()) == ("\u2316 A", "\u2316 B")
+        assert title.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]
     else:
         assert title.get_text() == "(query in characters that no installed font has)"
         assert below.get_text() == "? B"
@@ -187,11 +140,6 @@ def test_pictures_of_any_shape_are_drawn_with_any_text(size):
     width, height = figure.get_size_inches()
     assert figure.axes[0].get_title() == "is it $5 or $6?" and width == 7 and height <= 30
     assert pixels_of(figure).any()
-
-
-# --------------------------------------------------------------------------------------------------
-# The record of rollouts
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_record_holds_what_was_scored(samples, rolled, tokenizer):
@@ -251,11 +199,6 @@ def test_token_texts_join_to_the_completion():
     assert pictures.token_texts(ids, tokens) == expected
     cut = [*"é\U0001f600".encode()[:4], tokens.eos_token_id, 255]  # within a character
     assert "".join(pictures.token_texts(cut, tokens)) == tokens.decode(cut)
-
-
-# --------------------------------------------------------------------------------------------------
-# The page
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -206,30 +206,21 @@ def test_a_box_is_clipped_to_the_image_and_what_lies_outside_is_dropped(box, cli
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_web_page_in_place_of_a_checkpoint_is_refused_in_one_line(tmp_path):
-    file = tmp_path / "sam.pth"
-    file.write_bytes(b"<!DOCTYPE html><html><body>404 Not Found</body></html>")
-    with pytest.raises(UserError, match="fetch it again") as error:
-        load_sam(f"tiny:{file}")
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
-    "spec, text",
+    "spec, message",
     [
         ("vit_x:a.pth", "no SAM is called 'vit_x': use tiny, vit_b:FILE"),
         ("vit_b", "write vit_b:FILE"),
         ("tiny:nothing.pth", "there is no file nothing.pth"),
+        ("tiny:page.pth", "page.pth cannot be read as weights .*fetch it again"),
+        ("sam2:sam2_hiera_large.pt", "the original checkpoint is not read.*facebook/sam2"),
     ],
 )
-def test_an_unknown_name_or_file_is_refused(spec, text):
-    with pytest.raises(UserError, match=re.escape(text)):
+def test_a_sam_that_cannot_be_loaded_is_refused(spec, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
+    with pytest.raises(UserError, match=message):
         load_sam(spec)
-
-
-def test_sam_is_loaded_frozen(sam):
-    assert not any(p.requires_grad for p in sam.parameters())
-    assert not any(m.training for m in sam.modules())
 
 
 def test_folded_attention_equals_the_original_at_the_width_of_vit_b():
@@ -563,16 +554,6 @@ def test_the_reward_is_the_sum_of_its_parts(scorer, samples, kind):
     assert 5 < scores.reward.max() <= 6 and scores.reward.min() == 0
 
 
-def test_the_extent_must_be_that_of_the_answers(scorer, samples):
-    def iou(written_in, read_in):
-        completions = [[true_answer(sample, extent=written_in)] for sample in samples]
-        return score_completions(scorer, samples, completions, extent=read_in).iou
-
-    assert torch.allclose(iou(1000, 1000), iou(64, 64), atol=1e-3)
-    assert iou(64, 64).mean() > 0.6  # with images that are not square
-    assert iou(1000, 64).mean() < 0.3
-
-
 # --------------------------------------------------------------------------------------------------
 # Rewards without SAM
 # --------------------------------------------------------------------------------------------------
@@ -630,12 +611,9 @@ def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, ex
         (((500, 270), (300, 130)), True, True),  # the labels in the other order
         (((399, 130), (401, 270)), True, True),  # 99 pixels each
         (((401, 130), (399, 270)), False, True),  # 101 each; in the other order 171
-        (((300, 130), (301, 270)), True, True),  # 0 and 199
-        (((300, 130), (299, 270)), False, True),  # 0 and 201
         (((300, 100), (600, 270)), True, False),  # on the border of the true box
         (((300, 99), (500, 270)), False, False),  # outside of it
         (((300, 130), (500, 249.9)), True, False),  # the pixel is y = 249, in the hole
-        (((300, 130), (500, 250)), True, True),
         (((300, 130),), False, False),  # one point
     ],
 )
@@ -653,9 +631,8 @@ def test_segzero_measures_in_pixels_of_840_along_each_axis(monkeypatch):
     for right, down, close in ((4.9, 0, True), (5, 0, False), (0, 19.9, True), (0, 20, False)):
         assert thirds(sample, tuple(np.add(box, (right, down, right, down)))) == 1 + close
     monkeypatch.setattr(segzero, "interior_points", lambda mask: ((150, 150), (150, 250)))
-    assert thirds(sample, box, ((174, 150), (174, 250))) == 3  # 96 to the right
-    assert thirds(sample, box, ((176, 150), (176, 250))) == 2  # 104
-    assert thirds(sample, box, ((150, 202), (150, 298))) == 3  # 52 and 48 down
+    for x, near in ((174, True), (176, False)):  # 96 and 104 to the right
+        assert thirds(sample, box, ((x, 150), (x, 250))) == 2 + near
 
 
 def test_segzero_scores_each_completion_of_each_sample():

@@ -6,11 +6,13 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 import torch
+from makers import contents, read_rows, run
 from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import MaskDecoder
@@ -30,25 +32,13 @@ QUICK = "train --steps 4 --prompts_per_step 4 --group_size 4"
 NOT_REPEATABLE = ("seconds_", "tokens_per_second", "peak_mib")
 
 
-def run(command: str, *more: object) -> None:
-    samr1_mini.main([*command.split(), *map(str, more)])
-
-
 def read_metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith(NOT_REPEATABLE)} for row in rows]
 
 
 def state(out: Path) -> dict:
     return torch.load(out / "checkpoint" / "state.pt", weights_only=True)
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +58,6 @@ def copied_run(whole_run, tmp_path) -> Path:
     return Path(shutil.copytree(whole_run, tmp_path / "run"))
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run writes
-# --------------------------------------------------------------------------------------------------
-
-
 def test_a_run_writes_its_files(whole_run):
     files = """config.json metrics.jsonl eval.json curves.png samples/step_00001.png
         samples/step_00004.png rollouts/step_00004.json adapter/adapter_config.json
@@ -80,11 +65,12 @@ def test_a_run_writes_its_files(whole_run):
     for name in files.split():
         assert (whole_run / name).stat().st_size > 0, name
     assert not list(whole_run.rglob("*.tmp*"))
+    assert len({file.stat().st_mode for file in (whole_run / "adapter").iterdir()}) == 1
     assert set(json.loads((whole_run / "eval.json").read_text())) == {"before", "after", "ceiling"}
 
 
 def test_the_metrics_of_a_run_are_complete_and_consistent(whole_run):
-    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(whole_run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     columns = """reward accuracy think_format answer_format iou tier_0 tier_2 tier_3 tier_4
         equal_groups length truncated skipped kl entropy ratio clip_low clip_high grad_norm lr
@@ -157,55 +143,30 @@ def test_training_continues_from_an_adapter(whole_run, tmp_path):
     assert state(out)["step"] == 2
 
 
-class StandIn(ModuleType):
-    """A tracker that notes its calls, and fails if it is told to."""
-
-    def __init__(self, error: Exception | None = None):
-        super().__init__("trackio")
-        self.error = error
-        self.calls = []
-
-    def init(self, **options):
-        if self.error:
-            raise self.error
-        self.calls.append(("init", options))
-
-    def Image(self, path):
-        return Path(path).name
-
-    def log(self, row, step):
-        self.calls.append(("log", step, row))
-
-    def finish(self):
-        self.calls.append(("finish",))
-
-
 def test_a_tracker_gets_every_row_and_picture(tmp_path, monkeypatch):
-    tracker = StandIn()
+    tracker = Mock(Image=lambda path: Path(path).name)
     monkeypatch.setitem(sys.modules, "trackio", tracker)
     out = tmp_path / "run"
     run(QUICK.replace("--steps 4", "--steps 3"), "--track", "trackio", "--out", out)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     pictures = [{"samples": "step_00001.png"}, {}, {"samples": "step_00003.png"}]
-    logged = [("log", k + 1, row | pictures[k]) for k, row in enumerate(rows)]
-    (_, options), *others = tracker.calls
-    assert options["name"] == "run" and options["config"]["steps"] == 3
-    assert options["resume"] == "never" and others == [*logged, ("finish",)]
+    rows = zip(read_rows(out / "metrics.jsonl"), pictures, strict=True)
+    logged = [call.log(row | shown, step=row["step"]) for row, shown in rows]
+    first, *others = tracker.mock_calls
+    assert first.kwargs["name"] == "run" and first.kwargs["config"]["steps"] == 3
+    assert first.kwargs["resume"] == "never" and others == [*logged, call.finish()]
 
 
 @pytest.mark.parametrize(
     "module, message",
-    [(None, "--track wandb: first pip install wandb"), (StandIn(OSError("no account")), "account")],
+    [
+        (None, "--track wandb: first pip install wandb"),
+        (SimpleNamespace(init=Mock(side_effect=OSError("no account"))), "no account"),
+    ],
 )
 def test_a_tracker_that_does_not_start_is_refused(module, message, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", module)
     with pytest.raises(UserError, match=message):
         Tracker(parse_settings("train", ["--track", "wandb"]), tmp_path)
-
-
-# --------------------------------------------------------------------------------------------------
-# Interruption and resuming
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -279,37 +240,36 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(copied_run, monke
     assert state(copied_run)["step"] == 4 and not list(copied_run.rglob("*.tmp*"))
 
 
-def no_checkpoint(out: Path) -> None:
-    shutil.rmtree(out / "checkpoint")
-
-
-def damaged_checkpoint(out: Path) -> None:
-    (out / "checkpoint" / "state.pt").write_bytes(b"PK")
-
-
-def other_rank(out: Path) -> None:
-    config = json.loads((out / "config.json").read_text()) | {"lora_rank": 4}
-    (out / "config.json").write_text(json.dumps(config))
+def old_names(adapter: dict) -> dict:
+    return {k.replace("model.language_model.layers", "model.layers"): adapter[k] for k in adapter}
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (no_checkpoint, "no checkpoint"),
-        (damaged_checkpoint, "state.pt"),
-        (other_rank, "state.pt.* in another size"),
+        (None, "no checkpoint"),
+        (b"PK", "state.pt"),
+        ({"optimizer": {}}, "state.pt: it does not fit this model"),
+        (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+        (old_names, "lacks 42 .*has 42 "),
+        (lambda held: {key: held[key] / 0 for key in held}, "not finite"),
+        (lambda held: {key: held[key].repeat(2, 2) for key in held}, "state.pt.* in another size"),
     ],
 )
 def test_what_cannot_be_continued_is_refused_and_kept(change, message, copied_run):
-    change(copied_run)
-    with pytest.raises(UserError, match=message):
-        run("train --resume --out", copied_run)
-    assert len(read_metrics(copied_run)) == 4
-
-
-# --------------------------------------------------------------------------------------------------
-# What a step does
-# --------------------------------------------------------------------------------------------------
+    file = copied_run / "checkpoint" / "state.pt"
+    if change is None:
+        file.unlink()
+    elif isinstance(change, bytes):
+        file.write_bytes(change)
+    else:
+        saved = torch.load(file, weights_only=True)
+        spoiled = change if isinstance(change, dict) else {"adapter": change(saved["adapter"])}
+        torch.save(saved | spoiled, file)
+    before = contents(copied_run)
+    with pytest.raises(UserError, match=f"--resume: .*{message}"):
+        run("train --resume --steps 5 --out", copied_run)
+    assert contents(copied_run) == before
 
 
 @pytest.mark.slow

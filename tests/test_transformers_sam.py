@@ -4,10 +4,12 @@ transformers' own model and processor, the scorer, the commands, and what `--sam
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from makers import read_rows, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -26,7 +28,6 @@ from transformers import (
 )
 
 import reward
-import samr1_mini
 from data import Sample, Shapes
 from plumbing.errors import UserError
 from plumbing.sam import load_sam
@@ -177,11 +178,6 @@ def predict(model, processor, image, prompt):
 OWN = {"sam2": (Sam2Model, Sam2Processor), "sam3": (Sam3TrackerModel, Sam3TrackerProcessor)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Masks
-# --------------------------------------------------------------------------------------------------
-
-
 def test_masks_equal_those_of_the_models_own_processor(name, folder, scorer, photos, mixed):
     own_model, own_processor = OWN[name]
     model = own_model.from_pretrained(folder)
@@ -226,26 +222,18 @@ def test_chunks_do_not_change_the_masks(sam, scorer, photos, mixed, monkeypatch)
 def test_only_the_encoder_runs_in_16_bits(sam, scorer, photos, mixed, monkeypatch):
     """The same autocast as on CUDA. Embeddings and masks stay float32."""
     autocast = torch.autocast
-    seen = {}
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, _: autocast(device, dtype, True))
     linears = [m for m in sam.model.vision_encoder.modules() if isinstance(m, torch.nn.Linear)]
-    modules = {
-        "encoder": linears[0],
-        "decoder": sam.model.mask_decoder.output_hypernetworks_mlps[0],
-    }
+    mlp = sam.model.mask_decoder.output_hypernetworks_mlps[0]
+    dtypes = []
     hooks = [
-        module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: y.dtype}))
-        for name, module in modules.items()
+        module.register_forward_hook(lambda _, x, y: dtypes.append(y.dtype))
+        for module in (linears[0], mlp)
     ]
-    scorer.score(photos, mixed)
+    scorer.score(photos[:1], mixed[:1])
     for hook in hooks:
         hook.remove()
-    assert seen == {"encoder": torch.bfloat16, "decoder": torch.float32}
-
-
-# --------------------------------------------------------------------------------------------------
-# Loading
-# --------------------------------------------------------------------------------------------------
+    assert dtypes[0] == torch.bfloat16 and set(dtypes[1:]) == {torch.float32}
 
 
 MEMORY = dict(memory_encoder_hidden_size=16, memory_encoder_output_channels=8)
@@ -314,63 +302,54 @@ def test_the_older_file_of_the_preprocessor_is_read(name, folder, tmp_path):
     assert load_sam(f"{name}:{tmp_path}").image_processor.size.height == SIDE
 
 
+def not_finite(file: Path) -> None:
+    weights = load_file(file)
+    weights[min(weights)] /= 0
+    save_file(weights, file, {"format": "pt"})
+
+
+def of_the_policy(file: Path) -> None:
+    shutil.copy(Path(vlm_path("tiny"), file.name), file)
+
+
+def of_another_side(file: Path) -> None:
+    file.write_text(file.read_text().replace(str(SIDE), "96"))
+
+
 @pytest.mark.parametrize(
-    "file, wrong, message",
+    "file, change, message",
     [
-        ("config.json", "missing", "use a hub name such as facebook/sam"),
-        ("config.json", "another model", "it holds a qwen2_5_vl, not a sam"),
-        ("model.safetensors", "another model", "it lacks"),
-        ("model.safetensors", "cut short", "model.safetensors is damaged or truncated"),
-        ("model.safetensors", "not finite", "1 weights are not finite"),
-        ("model.safetensors", "pointer", "model.safetensors is a git-lfs pointer"),
-        ("processor_config.json", "another square", "preprocessor_config.json says 96 x 96"),
+        ("config.json", Path.unlink, "use a hub name such as facebook/sam"),
+        ("config.json", of_the_policy, "it holds a qwen2_5_vl, not a sam"),
+        ("model.safetensors", of_the_policy, "it lacks"),
+        ("model.safetensors", not_finite, "1 weights are not finite"),
+        ("processor_config.json", of_another_side, "preprocessor_config.json says 96 x 96"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_in_one_line(
-    name, folder, tmp_path, file, wrong, message
+    name, folder, tmp_path, file, change, message
 ):
     broken = shutil.copytree(folder, tmp_path / "broken")
-    if wrong == "missing":
-        (broken / file).unlink()
-    elif wrong == "another model":
-        shutil.copy(f"{vlm_path('tiny')}/{file}", broken)
-    elif wrong == "cut short":
-        (broken / file).write_bytes((broken / file).read_bytes()[:1000])
-    elif wrong == "not finite":
-        weights = load_file(broken / file)
-        weights[min(weights)] /= 0
-        save_file(weights, broken / file, {"format": "pt"})
-    elif wrong == "pointer":
-        (broken / file).write_text("version https://git-lfs.github.com/spec/v1\n")
-    else:
-        (broken / file).write_text((broken / file).read_text().replace(str(SIDE), "96"))
+    change(broken / file)
     with pytest.raises(UserError, match=f"^--sam {name}:{broken}: .*{message}.*$"):
         load_sam(f"{name}:{broken}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The commands
-# --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_train_eval_and_segment(name, folder, tmp_path):
-    def run(command, *flags):
-        paths = ["--sam", f"{name}:{folder}", "--out", str(tmp_path / command), *map(str, flags)]
-        samr1_mini.main([command, *paths])
-
-    run("train", *"--steps 1 --prompts_per_step 2 --group_size 2".split())
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2"
+    run(f"train {quick} --sam", f"{name}:{folder}", "--out", tmp_path / "train")
     adapter = tmp_path / "train" / "adapter"
     card = (adapter / "README.md").read_text()
     assert f"segmenter in the reward: {name}:{folder} (frozen)" in card
-    run("eval", "--limit", 3, "--adapter", adapter, "--save_memory", 3)
-    rows = map(json.loads, (tmp_path / "eval" / "answers.jsonl").read_text().splitlines())
-    texts = [[row["answer"]] for row in rows]
+    flags = ["--adapter", adapter, "--sam", f"{name}:{folder}", "--out", tmp_path / "eval"]
+    run("eval --limit 3 --save_memory 3", *flags)
+    texts = [[row["answer"]] for row in read_rows(tmp_path / "eval" / "answers.jsonl")]
     scenes = [Shapes("heldout")[i] for i in range(3)]
     scores = score_completions(SamScorer(load_sam(f"{name}:{folder}")), scenes, texts, extent=64)
     results = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert results["train"]["giou"] == pytest.approx(scores.iou.mean().item(), abs=1e-3)
     scenes[0].image.save(tmp_path / "scene.png")
-    picture = tmp_path / "found.png"
-    run("segment", "--query", "circle", "--image", tmp_path / "scene.png", "--out", picture)
-    assert picture.is_file()
+    flags = ["--image", tmp_path / "scene.png", "--out", tmp_path / "found.png"]
+    run("segment --query circle --sam", f"{name}:{folder}", *flags)
+    assert (tmp_path / "found.png").is_file()
