@@ -204,9 +204,10 @@ def decode_masks(
     SAM embeds a prompt as two tensors: sparse (tokens of the box and the points) and dense (a map
     of a mask prompt; we give none, so it is the learned `no_mask` vector everywhere). `MaskDecoder`
     takes one image per call: it repeats that image's embedding for every prompt and adds the dense
-    embedding. Only the sum counts. So pass zeros as the image embedding and add each image's
-    embedding to its prompt's dense embedding.
+    embedding.
     """
+    # Only the sum counts. So pass zeros as the image embedding and add each image's embedding to
+    # its prompt's dense embedding.
     no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
     return sam.mask_decoder.predict_masks(
         image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),
