@@ -226,8 +226,8 @@ def read_expressions(name: str, root: Path, split: str, samples: int | None) -> 
     expressions = []
     for ref, sentence in subsample(refs, samples, seed=f"{name}-{split}-0"):
         key = f"{name}-{ref['ref_id']}-{sentence['sent_id']}"
-        _, segmentation = annotations.get(ref["ann_id"], (None, None))
-        image = images.get(ref["image_id"])
+        image_id, segmentation = annotations.get(ref["ann_id"], (None, None))
+        image = images.get(ref["image_id"]) if image_id in (None, ref["image_id"]) else None
         expressions.append(Expression(key, sentence["sent"], image, segmentation))
     if not expressions:
         mend = f"Mend it, or move it away and run: {hint}"
@@ -257,7 +257,8 @@ class RefCOCO:
         one = self.expressions[index]
         with foreign(f"{one.id} of instances.json", kind=BadSample):
             if not one.image or not one.segmentation:
-                raise ValueError("it has no image" if not one.image else "it has no mask")
+                image = "it has no image, or its mask is of another image"
+                raise ValueError(image if not one.image else "it has no mask")
             file_name, (width, height) = one.image
             mask = coco_mask(one.segmentation, width, height)
             if not mask.any():

@@ -238,7 +238,8 @@ def upsample_masks(
 class Sam1(Sam):
     """`segment_anything`'s model in the four steps that `SamScorer` calls.
 
-    `plumbing.sam2.Sam2` has the same four. So the scorer does not know which model it has.
+    `plumbing.transformers_sam.TransformersSam` has the same four, for SAM 2 and SAM 3. So the
+    scorer does not know which model it has.
     """
 
     def prepare(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,24 +314,25 @@ def intersection_and_union(
     return tuple(x.sum((1, 2), dtype=torch.int32).float() for x in (intersection, union))
 
 
-# An embedding level is a feature map of one resolution: SAM 1 has one, SAM 2 has three. Each prompt
-# of a decoder call needs a copy of them, so this limit, in bytes of the largest level, decides how
-# many prompts one call takes: 16 for an official SAM 1 on a GPU, 8 for SAM 2. On a CPU 4 and 2:
-# there larger tensors are allocated anew in every call, and the time goes into page faults.
+# An embedding level is a feature map of one resolution: SAM 1 has one, SAM 2 and 3 have three. Each
+# prompt of a decoder call needs a copy of them, so this limit, in bytes of the largest level,
+# decides how many prompts one call takes: 16 for an official SAM 1 on a GPU, 8 for SAM 2, 6 for
+# SAM 3. On a CPU 4, 2 and 1: there larger tensors are allocated anew in every call, and the time
+# goes into page faults.
 DECODER_BYTES = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
 
 
 class SamScorer:
-    """A frozen segmenter, SAM 1 or SAM 2, that scores all completions of a step at once.
+    """A frozen segmenter that scores all completions of a step at once.
 
     Each image is encoded once, however many completions are about it. Prompts that hold the same
     (a box and two points, a box only, ...) are decoded together, across images. Only the mask that
     the model itself rates best of its three is brought to full size. The masks are those of the
-    model's own predictor for the same prompt: `SamPredictor`, or transformers' `Sam2Processor`.
+    model's own predictor for the same prompt: `SamPredictor`, or that of transformers.
     """
 
     def __init__(self, sam, device: str = "cpu", encoder_batch: int = 8, offload: bool = False):
-        """sam: from `plumbing.sam.load_sam`: `segment_anything`'s Sam, or a Sam2.
+        """sam: from `plumbing.sam.load_sam`: `segment_anything`'s Sam, or a later one.
 
         encoder_batch: images that are encoded together. offload: keep the model in host memory
         between calls of `score`; for ViT-H this frees 2.4 GiB of the GPU.

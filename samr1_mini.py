@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data import BadSample, Sample
 from grpo import Completions, group_advantages, group_logprobs, grpo_loss, rollout
-from plumbing import photos, pictures, protocols, rewards, runs, scenes
+from plumbing import intervals, photos, pictures, protocols, rewards, runs, scenes
 from plumbing.decoding import StaticDecoder
 from plumbing.devices import clipped_step
 from plumbing.errors import UserError, continued_by, exit_with_one_line
@@ -40,7 +40,8 @@ from plumbing.prompts import points_asked
 from plumbing.sam import load_sam
 from plumbing.settings import Settings, parse_settings, rollout_prompts
 from plumbing.sources import load_data
-from plumbing.vlm import Policy, Prompts, load_vlm
+from plumbing.tracking import Tracker
+from plumbing.vlm import Policy, Prompts, continue_adapter, load_vlm
 from reward import SamPrompt, SamScorer, parse_answer, sam_prompt, score_completions
 
 # --------------------------------------------------------------------------------------------------
@@ -64,8 +65,15 @@ def load_scorer(s, device: torch.device) -> SamScorer:
     return SamScorer(load_sam(s.sam), device, encoder_batch, offload=s.save_memory >= 3)
 
 
-def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bool = False):
-    """Put an untrained adapter of scale alpha / rank = 2 on the language model's linear layers.
+def add_lora(
+    model: torch.nn.Module,
+    rank: int,
+    seed: int,
+    checkpoint_layers: bool = False,
+    adapter: str = "none",
+):
+    """Put an adapter of scale alpha / rank = 2 on the language model's linear layers: an untrained
+    one, or with the weights of the one in the folder `adapter`.
 
     The base model stays frozen. With the adapter switched off it is the reference policy.
     """
@@ -76,6 +84,8 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bo
         r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, lora)
+    if adapter != "none":
+        continue_adapter(model, adapter)
     if checkpoint_layers:
         layers = model.get_base_model().model.language_model
         layers.activation_checkpointing_enable({"use_reentrant": False})
@@ -135,7 +145,8 @@ def train(s: Settings) -> None:
     heldout = load_data(s.data, "heldout")
     policy = load_policy(s)
     scorer = load_scorer(s, policy.device)
-    policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
+    adapter = "none" if s.resume else s.adapter  # a checkpoint has its own weights
+    policy.model = add_lora(policy.model, s.lora_rank, s.seed, s.save_memory >= 2, adapter)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
@@ -143,6 +154,7 @@ def train(s: Settings) -> None:
     checkpoint = runs.Checkpoint(out, policy.model, optimizer, generator, policy.scaler)
     first, results = checkpoint.load() if s.resume else (0, {})
     metrics = runs.start_metrics(out, s, first)
+    tracker = Tracker(s, out)
     if not results:  # a resumed run has its first evaluation already
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "before")
         results = {"before": compute_metrics(rows), "ceiling": compute_metrics(rows, "ceiling_")}
@@ -195,6 +207,7 @@ def train(s: Settings) -> None:
                 batch[:2], completions, scores, policy.processor.tokenizer, advantages, clip_sides
             )
             log_samples(out, step + 1, policy, scorer, heldout, s, logged, metrics)
+        tracker.log(row, out / "samples" / f"step_{step + 1:05d}.png")
         if log_this_step or stop.number:
             checkpoint.save(step + 1, s, results)
         if stop.number:
@@ -205,6 +218,7 @@ def train(s: Settings) -> None:
         rows = evaluate(policy, scorer, heldout, s, s.eval_samples, "after")
     results["after"] = compute_metrics(rows)
     checkpoint.save(s.steps, s, results)
+    tracker.finish()
     runs.print_table(results, metrics, out)
 
 
@@ -293,11 +307,13 @@ def update(
             # The loss is a mean over this pass. Weight it by the pass's share of the mini-batch.
             share = (rows.stop - rows.start) * s.minibatches / s.prompts_per_step
             policy.scaler.scale(loss * share).backward()
-            statistics["entropy"] = entropy.sum() / mask[rows].sum()
-            log.append({name: value * share for name, value in statistics.items()})
+            tokens = mask[rows].sum()
+            statistics["entropy"] = entropy.sum() / tokens
+            log.append({name: value * tokens for name, value in statistics.items()})
         norms.append(clipped_step(optimizer, policy.scaler, MAX_GRAD_NORM))
-    # The shares of a mini-batch add up to 1, so each sum holds one mean for each update.
-    means = {name: torch.stack([row[name] for row in log]).sum() / len(norms) for name in log[0]}
+    # Means over the tokens of all passes. Each token was in one pass of each epoch.
+    tokens = mask.sum() * s.epochs
+    means = {name: torch.stack([row[name] for row in log]).sum() / tokens for name in log[0]}
     means["grad_norm"] = torch.stack(norms).mean()
     values = torch.stack(list(means.values())).tolist()  # one wait for the GPU, not one for each
     statistics = dict(zip(means, values, strict=True))
@@ -409,14 +425,15 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 
     giou: mean IoU of the samples. ciou: summed intersection / summed union. format: share of valid
     answers. box: share of boxes with IoU above 0.5. points: share of points in the true mask.
-    boxonly: mean IoU of the masks that SAM makes of the box without the points.
+    boxonly: mean IoU of the masks that SAM makes of the box without the points. giou_95, ciou_95:
+    the intervals of plumbing/intervals.py.
 
     >>> row = {"iou": 0.5, "intersection": 10, "union": 20, "format": True, "box_iou": 0.6}
     >>> row |= {"points_inside": 0.5, "boxonly_iou": 0.2}
     >>> other = row | {"iou": 0.1, "union": 100, "format": False, "box_iou": 0.5}
     >>> compute_metrics([row, other, {"skipped": "no such file"}])  # doctest: +NORMALIZE_WHITESPACE
     {'giou': 0.3, 'ciou': 0.16666666666666666, 'format': 0.5, 'box': 0.5, 'points': 0.5,
-     'boxonly': 0.2, 'n': 2}
+     'boxonly': 0.2, 'giou_95': [0.1, 0.5], 'ciou_95': [0.1, 0.5], 'n': 2}
     """
     rows = [row for row in rows if "skipped" not in row]
     n = max(len(rows), 1)
@@ -428,7 +445,7 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
         result["box"] = sum(row["box_iou"] > 0.5 for row in rows) / n
         result["points"] = sum(row["points_inside"] for row in rows) / n
         result["boxonly"] = sum(row["boxonly_iou"] for row in rows) / n
-    return result | {"n": len(rows)}
+    return result | intervals.bootstrap(intervals.counts_of(rows, prefix)) | {"n": len(rows)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -439,16 +456,20 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
 def evaluate_adapter(s) -> None:
     """Compute the metrics of an adapter, or of the base model, on a data set."""
     heldout = load_data(s.data, "heldout")
+    count = min(s.limit or (256 if s.data == "shapes" else len(heldout)), len(heldout))
+    other = runs.read_other(s.against, count)
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
-    count = s.limit or (256 if s.data == "shapes" else len(heldout))
     done = runs.start_answers(out, s, count)
     with continued_by(runs.resume_command("eval", out)):
         log = out / "answers.jsonl"
         rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)
     results = protocols.metrics(rows, compute_metrics, trained, s)
+    if other:
+        headline = results[trained]["protocol"]
+        results[trained]["against"] = intervals.compare(rows, other, headline, s.against)
     runs.write_text(out / "eval.json", json.dumps(results, indent=2))
     figure = pictures.evaluation_sheet(rows, scorer, heldout, SamPrompt)
     runs.save_figure(figure, out / "sheet.png")

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from segment_anything import SamPredictor
-from transformers import Sam2Config, Sam2ImageProcessor, Sam2Processor
+from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
 
 from benchmarks import meter
 from benchmarks.meter import DEVICE
 from data import Sample, Shapes
 from plumbing.rewards import true_box
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
-from plumbing.sam2 import Sam2
+from plumbing.transformers_sam import TransformersSam
 from reward import SamPrompt, SamScorer
 
 B, G = 8, 8
@@ -81,22 +81,21 @@ def make_case(name: str):
     return sam, samples, [[jittered_prompt(one.mask, rng) for _ in range(G)] for one in samples]
 
 
-def random_sam2() -> Sam2:
+def random_sam2() -> TransformersSam:
     """A SAM 2 with torch's own random weights: transformers' are so small that all logits are 0."""
-    sam = Sam2(Sam2Config())
-    for module in sam.modules():
+    model = Sam2Model(Sam2Config())
+    for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    sam.image_processor = Sam2ImageProcessor()
-    return sam
+    return TransformersSam(model, Sam2ImageProcessor())
 
 
 class Sam2Predictor:
     """`SamPredictor`'s two methods, with transformers' own model and processor for one image."""
 
-    def __init__(self, model: Sam2):
-        self.model = model
-        self.processor = Sam2Processor(model.image_processor)
+    def __init__(self, sam: TransformersSam):
+        self.model = sam.model
+        self.processor = Sam2Processor(sam.image_processor)
 
     @torch.no_grad()
     def set_image(self, image: np.ndarray) -> None:
@@ -128,7 +127,7 @@ class Sam2Predictor:
 def make_predictor(sam):
     """A predictor with a copy of the model."""
     plain = copy.deepcopy(sam).to(DEVICE).eval()
-    if isinstance(sam, Sam2):
+    if isinstance(sam, TransformersSam):
         return Sam2Predictor(plain)
     for block in plain.image_encoder.blocks:
         del block.attn.forward  # restores the package's own attention

@@ -149,12 +149,19 @@ def print_table(title: str, cases: list[Case], found: dict[str, list[Reply]]) ->
 def draw(cases: list[Case], found: dict[str, list[Reply]]) -> Figure:
     """Two cases of each group, one in each column. Above: own thought. Below: the other object's.
 
-    They are the first that the policy answers rightly on its own. What it answers after the other
-    thought plays no part in the choice.
+    They are the first whose mask is on the target after the policy's own thought, and on the other
+    object after that one's. The title says in how many cases it is so.
     """
     right = [k for k, case in enumerate(cases) if found["own"][k].on(case.target)[2]]
-    chosen = [k for shared in GROUPS for k in [k for k in right if cases[k].shared == shared][:2]]
-    figure = Figure(figsize=(13.6, 7.6), dpi=100, layout="constrained")
+    follows = [k for k in right if found["other"][k].on(cases[k].other)[2]]
+    chosen, counts = [], []
+    for shared, meaning in GROUPS.items():
+        group = [k for k in follows if cases[k].shared == shared]
+        chosen += group[:2]
+        answered = sum(cases[k].shared == shared for k in right)
+        counts.append(f"{len(group)} of {answered} where {meaning}")
+    figure = Figure(figsize=(13.6, 8), dpi=100, layout="constrained")
+    figure.supxlabel(f"The mask follows a forced thought in {', '.join(counts)}", fontsize=12)
     for axes, name in zip(figure.subplots(2, 4), ("own", "other"), strict=True):
         for cell, k in zip(axes, chosen, strict=False):
             sample, reply = cases[k].sample, found[name][k]

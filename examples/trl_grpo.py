@@ -7,8 +7,9 @@
     python samr1_mini.py eval --adapter RUN/adapter
 
 samr1_mini.py trains on one device. TRL adds accelerate, and so several GPUs. Presets and flags are
-those of `samr1_mini.py train`, without --device, --eval_samples and --dtype 4bit. All processes
-together complete --prompts_per_step prompts in a step. Each has its own copy of policy and SAM.
+those of `samr1_mini.py train`, without --device, --eval_samples, --adapter, --track and --dtype
+4bit. All processes together complete --prompts_per_step prompts in a step. Each has its own copy of
+policy and SAM.
 
 A run has the files of README's table, without evaluation and pictures of samples. TRL's own files
 are in RUN/checkpoint; checkpoint/completions holds every completion with its reward and advantage.
@@ -65,8 +66,11 @@ METRICS = {
 def parse_settings(argv: list[str]) -> Settings:
     """The settings of `train`. Raises UserError if one is given that has no effect here."""
     given = {argument.partition("=")[0] for argument in argv}
-    if given & {"--device", "--eval_samples"}:
-        raise UserError("--device, --eval_samples: accelerate chooses, and nothing is evaluated")
+    if given & {"--device", "--eval_samples", "--adapter", "--track"}:
+        raise UserError(
+            "--device, --eval_samples, --adapter, --track: accelerate chooses the device, nothing "
+            "is evaluated, and the two others are not here: leave them out"
+        )
     s = parse(Settings, argv, program="python -m examples.trl_grpo")
     if s.dtype == "4bit":
         raise UserError("--dtype 4bit: not here: use samr1_mini.py train")
@@ -147,15 +151,25 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
 
 
 class MetricsFile(TrainerCallback):
-    """Writes metrics.jsonl, one line for each step, with the names that samr1_mini.py uses."""
+    """Writes metrics.jsonl, one line for each step, with the names that samr1_mini.py uses.
+
+    Ends a training that diverges in all processes, before its step is saved. The Trainer's own log
+    of the loss replaces NaN. In float16 an update is skipped if its gradient overflows.
+    """
 
     def __init__(self, file: Path, updates: int):
         self.file = file
         self.updates = updates
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
+        row = {ours: logs[name] for name, ours in METRICS.items() if name in logs}
+        for name, value in row.items():
+            if not math.isfinite(value) and not (name == "grad_norm" and args.fp16):
+                raise UserError(
+                    f"--lr {args.learning_rate:g}: the training diverged ({name} is {value}): "
+                    "lower --lr; the last checkpoint stays"
+                )
         if state.is_world_process_zero and "reward" in logs:
-            row = {ours: logs[name] for name, ours in METRICS.items() if name in logs}
             runs.append_lines(self.file, [{"step": state.global_step // self.updates} | row])
 
 

@@ -1,5 +1,6 @@
 """devices.py - on which device, and in which dtype, a run computes."""
 
+import contextlib
 import sys
 
 import torch
@@ -17,10 +18,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps") from error
+    device = named_device(name)
     cards = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= cards:
         raise UserError(f"--device {name}: there are {cards} CUDA devices here, numbered from 0")
@@ -32,6 +30,15 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: it is not there, or full ({error})") from error
     torch.set_flush_denormal(True)  # on a CPU, arithmetic with denormal numbers is very slow
     return device
+
+
+def named_device(name: str) -> torch.device:
+    """The device of this name, which may not be there. Raises UserError if it is of no use."""
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+        if device.type in ("cpu", "cuda", "mps"):
+            return device
+    raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps")
 
 
 def fast_bfloat16(device: torch.device) -> bool:

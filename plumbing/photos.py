@@ -136,12 +136,17 @@ def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
         name = image["file_name"]
         if os.path.basename(name) != name:  # tools.fetch writes files of these names
             raise ValueError("a file_name in it is a path")
-        images[whole(image["id"])] = (name, (image["width"], image["height"]))
-    annotations = {
-        whole(one["id"]): (whole(one["image_id"]), one.get("segmentation"))
-        for one in instances["annotations"]
-    }
+        add_once(images, image["id"], (name, (image["width"], image["height"])))
+    annotations = {}
+    for one in instances["annotations"]:
+        add_once(annotations, one["id"], (whole(one["image_id"]), one.get("segmentation")))
     return images, annotations
+
+
+def add_once(entries: dict, key: object, entry: tuple) -> None:
+    """Add an entry under its id. Raises ValueError if another one has the same id."""
+    if entries.setdefault(whole(key), entry) != entry:
+        raise ValueError(f"two entries have the id {key}: an expression may get the wrong mask")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from plumbing.errors import UserError, reason_of
+from plumbing.weights import find_model
 
 # What the published config.json of the presets' models has in place of the defaults of its class.
 # The sizes of Qwen3-VL-2B are also those of torchtitan's model "2B" in models/qwen3_vl.
@@ -21,8 +22,9 @@ def published_config(vlm: str) -> PretrainedConfig:
     For any other name or folder it is read from config.json. Raises UserError.
     """
     if vlm not in PUBLISHED:
+        path, options = find_model(vlm, f"--vlm {vlm}")
         try:
-            return AutoConfig.from_pretrained(vlm, trust_remote_code=False)
+            return AutoConfig.from_pretrained(path, **options)
         except (OSError, ValueError) as error:
             raise UserError(f"--vlm {vlm}: it has no config ({reason_of(error)})") from error
     text = dict(zip(SIZES, PUBLISHED[vlm], strict=True))

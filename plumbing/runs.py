@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import BadSample, Sample
-from plumbing import weights
+from plumbing import intervals, weights
 from plumbing.errors import UserError, continued_by, reason_of
 
 try:
@@ -53,7 +53,9 @@ def writing(path: Path):
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
             raise
-        mend = "make room; a checkpoint goes on with --resume"
+        mend = (
+            "make room, or name a place that you may write to; a checkpoint goes on with --resume"
+        )
         raise UserError(f"{path} cannot be written ({reason_of(error)}): {mend}") from error
 
 
@@ -112,7 +114,8 @@ def open_run(s, name: str) -> Path:
         )
     lock = FileLock((out / LOCK).resolve(), is_singleton=True)  # this process may open it again
     try:
-        lock.acquire(timeout=0)
+        with writing(out):
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"--out {out}: another process is writing to it") from error
     _locks.append(lock)
@@ -145,6 +148,22 @@ def start_answers(out: Path, settings, count: int) -> list[dict]:
     return rows
 
 
+def read_other(file: str, count: int) -> list[dict]:
+    """The rows of another evaluation's answers.jsonl, or none for "".
+
+    Raises UserError if they are not as many as here, `count`.
+    """
+    if not file:
+        return []
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
+    rows = read_rows(path, {"boxonly_iou", "skipped"})
+    if len(rows) != count:
+        raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
+    return rows
+
+
 def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     config = asdict(settings) | {"out": str(out), "resume": False}
     write_text(out / "config.json", json.dumps(config, indent=2))
@@ -157,7 +176,7 @@ def read_rows(file: Path, keys: set[str]) -> list[dict]:
     Raises UserError if a line is anything else.
     """
     rows = []
-    lines = file.read_text().split("\n") if file.exists() else [""]
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
     for number, line in enumerate(lines[:-1], 1):  # the interruption cut off what has no line end
         try:
             row = json.loads(line)
@@ -252,7 +271,8 @@ class Checkpoint:
 def model_card(s, step: int, results: dict) -> str:
     """The README of an adapter: what it is, how it was trained, what it reaches, how to load it."""
     base = "tiny/vlm of this repository" if s.vlm == "tiny" else s.vlm
-    sam = s.sam if s.sam.startswith("sam2:") else s.sam.partition(":")[0]
+    sam = s.sam if s.sam.startswith(("sam2:", "sam3:")) else s.sam.partition(":")[0]
+    started = "" if s.adapter == "none" else ", started from another adapter on it"
     rows = [(name, results[name]) for name in ("before", "after", "ceiling") if name in results]
     table = [f"| {name} | {r['giou']:.3f} | {r['ciou']:.3f} | {r['n']} |" for name, r in rows]
     return f"""---
@@ -261,7 +281,7 @@ tags: [segmentation, grpo, lora]
 ---
 # LoRA adapter trained with SAM-R1 mini
 
-- base model: {base}
+- base model: {base}{started}
 - segmenter in the reward: {sam} (frozen)
 - data: {s.data.partition(":")[0]}, training step {step} of {s.steps}
 - {s.prompts_per_step} prompts a step, {s.group_size} completions each, seed {s.seed}
@@ -427,9 +447,17 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
     columns = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5"}
     columns |= {"points": "points", "boxonly": "box only"}
     print(f"\n{'':12}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
-    for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # it is last
+    rows = sorted(results.items(), key=lambda item: item[0] == "ceiling")  # it is last
+    for name, row in rows:
         cells = (f"{row[c]:9.3f}" if c in row else f"{'-':>9}" for c in columns)
         print(f"{name:12}{''.join(cells)}{row['n']:7d}")
+    print("95 % intervals over the images:")
+    for name, row in rows:
+        if "giou_95" in row:  # runs of older versions have none
+            spans = f"gIoU {intervals.span(row, 'giou')}, cIoU {intervals.span(row, 'ciou')}"
+            print(f"{name:12}{spans}")
+        if "against" in row:
+            print(intervals.comparison(row["against"]))
     if "before" in results and "after" in results:
         before, after, ceiling = (results[k]["giou"] for k in ("before", "after", "ceiling"))
         closed = round(100 * (after - before) / max(ceiling - before, 1e-9))

@@ -1,6 +1,6 @@
 """sam.py - build a SAM of any size, load its weights, and compute its attention in less memory.
 
-What the reward does with it is in reward.py. SAM 2 is in plumbing/sam2.py.
+What the reward does with it is in reward.py. SAM 2 and SAM 3 are in plumbing/transformers_sam.py.
 """
 
 from functools import lru_cache, partial
@@ -43,7 +43,7 @@ SAM_SIZES = {
         decoder_heads=4,
     ),
 }
-KNOWN_SAMS = "tiny, vit_b:FILE, vit_l:FILE, vit_h:FILE or sam2:MODEL"
+KNOWN_SAMS = "tiny, vit_b:FILE, vit_l:FILE, vit_h:FILE, sam2:MODEL or sam3:MODEL"
 
 
 def build_sam(
@@ -102,14 +102,16 @@ def load_sam(spec: str) -> Sam:
     """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU.
 
     spec: "tiny" (part of this repository), or "vit_b:FILE", "vit_l:FILE", "vit_h:FILE" with an
-          official checkpoint, or "sam2:MODEL", see `plumbing.sam2.load_sam2`.
+          official checkpoint, or "sam2:MODEL", "sam3:MODEL", see
+          `plumbing.transformers_sam.load_transformers_sam`.
     Raises UserError.
     """
     size, _, path = spec.partition(":")
-    if size == "sam2":
-        from plumbing.sam2 import load_sam2  # few runs need it, and its imports take time
+    if size in ("sam2", "sam3"):
+        # Few runs need it, and its imports take time.
+        from plumbing.transformers_sam import load_transformers_sam
 
-        return load_sam2(path)
+        return load_transformers_sam(spec)
     if size not in SAM_SIZES:
         raise UserError(f"--sam {spec}: no SAM is called {size!r}: use {KNOWN_SAMS}")
     if not path and size != "tiny":

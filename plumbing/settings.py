@@ -33,8 +33,9 @@ class Models:
     vlm: str = setting("tiny", "policy: tiny, a hub name or a local folder. Paper: Qwen2.5-VL-7B")
     sam: str = setting(
         "tiny",
-        "segmenter: tiny, vit_b|vit_l|vit_h:CHECKPOINT, or sam2:MODEL with a hub name or a local "
-        "folder. Paper: SAM2-Large, sam2:facebook/sam2-hiera-large",
+        "segmenter: tiny, vit_b|vit_l|vit_h:CHECKPOINT, or sam2:MODEL, sam3:MODEL with a hub name "
+        "or a local folder. Paper: SAM2-Large, sam2:facebook/sam2-hiera-large. Newer: "
+        "sam3:facebook/sam3",
     )
     device: str = setting("auto", "auto takes cuda, then mps, then cpu; also cuda:N")
     dtype: str = setting(
@@ -111,14 +112,23 @@ class Objective:
         1e-3, "learning rate of AdamW. Paper: 1e-6 for full fine-tuning. It decays linearly"
     )
     lora_rank: int = setting(16, "rank of the adapter. Not in the paper, which trains all weights")
+    adapter: str = setting("none", "folder of a trained adapter to start from, or none")
     eval_samples: int = setting(256, "held-out samples before and after training")
     save_every: int = setting(50, "steps between checkpoints and pictures")
+    track: str = setting(
+        "none",
+        "also log metrics and pictures with trackio or wandb, which pip installs",
+        ("none", "trackio", "wandb"),
+    )
 
 
 @dataclass
 class EvalFlags:
     _argument_group_name = "evaluation"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model")
+    against: str = setting(
+        "", "answers.jsonl of another evaluation of the same samples, to compare with, paired"
+    )
     limit: int = setting(0, "first samples only; 0: all, of the drawn scenes 256")
     protocol: str = setting(
         "lisa",
@@ -195,8 +205,8 @@ CLASSES = {"train": Settings, "eval": EvalSettings, "segment": SegmentSettings}
 # --resume may change how far a run goes, where things are, and how they are computed. All answers
 # of an evaluation go into one table, so there even the path of a set or a model stays.
 MAY_CHANGE = {
-    Settings: {*"steps vlm sam data device dtype out resume save_memory save_every".split()},
-    EvalSettings: {*"limit device out resume save_memory".split()},
+    Settings: {*"steps vlm sam data device dtype out resume save_memory save_every track".split()},
+    EvalSettings: {*"limit against device out resume save_memory".split()},
 }
 MAY_MOVE = {"sam", "data"}  # to another path: another size or set would need another evaluation
 
@@ -270,7 +280,16 @@ def read_config(out: str, names: set[str]) -> dict:
 
 
 def check(s) -> None:
-    """Raise UserError if a number is outside its bounds."""
+    """Raise UserError if a number is outside its bounds, or a value of config.json is of no use.
+
+    argparse checks what is on the command line, but not the defaults that --resume reads.
+    """
+    for field in dataclasses.fields(s):
+        value = getattr(s, field.name)
+        choices = field.metadata["choices"] or (value,)
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds) or value not in choices:
+            raise UserError(f"--{field.name} {value!r}: no such value (--help lists them)")
     for name, (least, most) in BOUNDS.items():
         value = getattr(s, name, least)
         if not (math.isfinite(value) and least <= value <= most):

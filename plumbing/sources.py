@@ -32,8 +32,26 @@ def load_data(spec: str, split: str, samples: int = 3000):
         raise UserError(f"--data {spec}: {error}") from error
 
 
+def check_spec(spec: str) -> None:
+    """Raise UserError if `--data` cannot be trained on, whatever files there are."""
+    name, _, path = spec.partition(":")
+    if spec != "shapes" and not (name == "hub" and path):
+        try:
+            place_of(spec, "train")
+        except UserError as error:
+            raise UserError(f"--data {spec}: {error}") from error
+
+
 def open_folder(spec: str, split: str, samples: int) -> RefCOCO | ReasonSeg:
     """Open NAME:ROOT or NAME:ROOT/SPLIT, see `load_data`."""
+    name, root, part = place_of(spec, split)
+    if name == "reasonseg":
+        return ReasonSeg(root, part)
+    return RefCOCO(name, root, part, samples if split == "train" else None)
+
+
+def place_of(spec: str, split: str) -> tuple[str, Path, str]:
+    """The name, the root folder and the split of NAME:ROOT or NAME:ROOT/SPLIT."""
     name, _, path = spec.partition(":")
     if name not in SPLITS or not path:
         names = ", ".join(f"{one}:ROOT" for one in SPLITS)
@@ -52,6 +70,4 @@ def open_folder(spec: str, split: str, samples: int) -> RefCOCO | ReasonSeg:
         raise UserError(f"split {part} is for evaluation only: train on {name}:{root}")
     if split == "heldout" and part == "train":
         part = "val"
-    if name == "reasonseg":
-        return ReasonSeg(root, part)
-    return RefCOCO(name, root, part, samples if split == "train" else None)
+    return name, root, part

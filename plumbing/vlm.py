@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
@@ -122,9 +127,14 @@ def vlm_path(name: str) -> str:
 
 
 def template_end(processor) -> str:
-    """What the chat template writes of a completion: "<think>" for a thinking model, or ""."""
-    chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    """What the chat template writes of a completion: "<think>" for a thinking model, or "".
+
+    Raises ValueError if it leaves the image out, as that of a language model does.
+    """
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if processor.image_token not in text:
+        raise ValueError("its chat template leaves the image out: fetch the files of a VLM")
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
@@ -250,8 +260,8 @@ def load_vlm(
     )
 
 
-def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
-    """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
+def read_adapter(adapter: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder of a trained adapter, and its weights. Raises UserError."""
     flag = f"--adapter {adapter}"
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file():
@@ -259,6 +269,13 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
     file = weights.adapter_file(folder, flag)
     tensors = weights.read_tensors(file, flag)
     weights.check_finite(tensors.items(), f"{flag}: {file.name}", "it is damaged: fetch it again")
+    return folder, tensors
+
+
+def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
+    """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
+    flag = f"--adapter {adapter}"
+    folder, tensors = read_adapter(adapter)
     try:
         with warnings.catch_warnings(action="ignore"):  # `check_keys` reports the same
             model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
@@ -281,3 +298,36 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         mend=f"it was trained on {base_name}: use that --vlm, or fetch it again",
     )
     return model
+
+
+def continue_adapter(model: PeftModel, adapter: str) -> None:
+    """Give the untrained adapter of a model the weights of a trained one, in the folder `adapter`.
+
+    Both must be LoRA of one rank on the same layers. A trained one of another scale, alpha / rank,
+    is scaled in its factor B, so that it does the same. Raises UserError if it does not fit.
+    """
+    flag = f"--adapter {adapter}"
+    folder, tensors = read_adapter(adapter)
+    try:
+        given = PeftConfig.from_pretrained(folder)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
+    ours = model.active_peft_config
+    if given.peft_type != ours.peft_type:
+        raise UserError(f"{flag}: it is a {given.peft_type}, not LoRA: name another")
+    # These train other weights, or scale or start from them, so that the base model differs too.
+    plain = given.init_lora_weights in (True, False, "gaussian")
+    if given.use_rslora or given.use_dora or given.alpha_pattern or not plain:
+        raise UserError(f"{flag}: it is a variant of LoRA (adapter_config.json): name another")
+    if given.r != ours.r:
+        raise UserError(f"{flag}: its rank is {given.r}: use --lora_rank {given.r}")
+    weights.compare(
+        expected=weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False)),
+        given=weights.shapes(tensors),
+        what=flag,
+        mend=f"it was trained on {given.base_model_name_or_path}: use that --vlm, or an adapter on "
+        "all linear layers of the language model and no others",
+    )
+    scale = given.lora_alpha / ours.lora_alpha
+    scaled = {key: x * scale if ".lora_B." in key else x for key, x in tensors.items()}
+    set_peft_model_state_dict(model, scaled)

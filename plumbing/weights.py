@@ -3,13 +3,14 @@ part: libraries load the keys that they know, and leave the others random or unt
 """
 
 import json
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 from transformers.utils import logging
 
@@ -36,11 +37,24 @@ def fault_of(file: Path) -> str:
         if file.suffix == ".json":
             json.loads(file.read_text("utf-8"))
         elif file.suffix == ".safetensors":
-            with safe_open(file, "pt"):  # reads the header, and compares it with the size
-                pass
+            # This reads the header, and compares it with the size.
+            with safe_open(file, "pt") as opened:
+                types = {part.get_dtype() for part in map(opened.get_slice, opened.keys())}
+            if types & {"I8", "U8"}:  # would be read as numbers without their scale
+                return "holds quantised weights, which are not read: fetch those in float"
+            # Some programs give a file its final size first, and write the data later. An adapter
+            # may end in zeros: so do the weights of an untrained one.
+            if file.name not in ADAPTER_FILES and not any(end_of(file)):
+                return "ends in zeros: its download was interrupted: fetch it again"
     except (ValueError, safetensors.SafetensorError) as error:
         return f"is damaged or truncated: fetch it again ({reason_of(error)})"
     return ""
+
+
+def end_of(file: Path, size: int = 4096) -> bytes:
+    with open(file, "rb") as opened:
+        opened.seek(-min(size, file.stat().st_size), os.SEEK_END)
+        return opened.read()
 
 
 def read_tensors(file: Path, flag: str) -> dict:
@@ -84,7 +98,8 @@ def find_model(name: str, flag: str) -> tuple[str, dict]:
     options = {"trust_remote_code": False}  # else a terminal is asked whether to run the model's
     folder = Path(name).expanduser()
     if folder.is_dir():
-        for file in sorted(folder.glob("*.j*")):  # .json, .jinja: not all of them are missed later
+        # .json, .jinja and .safetensors: the libraries read some of them without noticing.
+        for file in sorted([*folder.glob("*.j*"), *folder.glob("*.safetensors")]):
             if file.is_file() and (fault := fault_of(file)):
                 raise UserError(f"{flag}: {file.name} {fault}")
         return str(folder), options
@@ -105,13 +120,22 @@ def find_model(name: str, flag: str) -> tuple[str, dict]:
     return name, options
 
 
-def unreadable(path: str, error: Exception) -> str:
-    """Why a model could not be opened: the file of its folder that is at fault, else the error."""
+def unreadable(path: str, error: Exception, mend: str = "") -> str:
+    """Why a model could not be opened, and the mend.
+
+    The reason is a refusal of the hub, the file of its folder that is at fault, or else the error.
+    """
+    if isinstance(error.__cause__, GatedRepoError):
+        return (
+            "the hub gives it to accounts with access only: ask for access on "
+            f"https://huggingface.co/{path}, then run `hf auth login`"
+        )
+    mend = mend and f": {mend}"
     if Path(path).is_dir():
         for file in sorted(Path(path).iterdir()):
             if file.is_file() and file.name[0] != "." and (fault := fault_of(file)):
-                return f"{file.name} {fault}"
-    return f"it cannot be loaded ({reason_of(error)})"
+                return f"{file.name} {fault}{mend}"
+    return f"it cannot be loaded ({reason_of(error)}){mend}"
 
 
 def load_model(kind: type, path: str, flag: str, mend: str, unknown: bool, options: dict):

@@ -116,6 +116,30 @@ def test_eval_of_an_adapter_repeats_the_metrics_of_its_run(trained, tmp_path, ca
     assert "gIoU" in capsys.readouterr().out
 
 
+def test_two_evaluations_are_compared_pair_by_pair(evaluated, tmp_path, capsys):
+    """A third evaluation is made from the answers of the second one: its IoU is 0.1 lower."""
+    rows = [json.loads(line) for line in answers(evaluated).splitlines()]
+    for row in rows:
+        row["lisa"]["iou"] -= 0.1
+    other = tmp_path / "answers.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = Path(shutil.copytree(evaluated, tmp_path / "again"))
+    run("eval --resume --out", again, "--against", other)
+    found = json.loads((again / "eval.json").read_text())["base"]["against"]
+    assert [found["giou"], *found["giou_95"]] == pytest.approx([0.1] * 3)
+    assert [found["ciou"], *found["ciou_95"]] == [0, 0, 0]
+    assert f"against {other}: gIoU +0.100 (+0.100 to +0.100)" in capsys.readouterr().out
+
+    against = ("eval --resume --out", again, "--against", other)
+    rows[1]["id"] = "another"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "answer 2 is about ('another'" in refused(*against)
+    other.write_text(json.dumps(rows[0]) + "\n")
+    assert "it has 1 answers, not 6" in refused(*against)
+    other.unlink()
+    assert "no such file" in refused(*against)
+
+
 def test_an_interrupted_eval_continues(evaluated, tmp_path, monkeypatch):
     cut = Path(shutil.copytree(evaluated, tmp_path / "cut"))
     lines = answers(evaluated).splitlines(keepends=True)

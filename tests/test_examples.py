@@ -104,7 +104,7 @@ def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
 def test_flags_are_those_of_train():
     flags = "--preset qwen3b --lr 0.5".split()
     assert trl_grpo.parse_settings(flags) == samr1_mini.parse_settings("train", flags)
-    for flag in ("--device=cpu", "--eval_samples=1", "--dtype=4bit"):
+    for flag in ("--device=cpu", "--eval_samples=1", "--track=wandb", "--dtype=4bit"):
         with pytest.raises(UserError, match=flag.partition("=")[0]):
             trl_grpo.parse_settings([flag])
 
@@ -226,6 +226,19 @@ def test_an_interrupted_run_continues_and_a_finished_one_does_not(tmp_path, monk
     assert metrics(parts) == metrics(whole)
     assert len({file.stat().st_mode for file in (parts / "adapter").iterdir()}) == 1
     assert all(torch.equal(weight, adapter(parts)[name]) for name, weight in adapter(whole).items())
+
+
+@pytest.mark.parametrize("name, fp16", [("grad_norm", False), ("kl", False), ("kl", True)])
+def test_training_that_diverges_ends_before_it_is_saved(name, fp16, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    callback = trl_grpo.MetricsFile(file, updates=1)
+    args = SimpleNamespace(fp16=fp16, learning_rate=0.1)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    logs = {"reward": 1.0, "grad_norm": float("inf") if fp16 else 1.0, "kl": 0.0}
+    callback.on_log(args, state, None, logs=logs)
+    with pytest.raises(UserError, match=f"--lr 0.1: the training diverged .{name} is nan"):
+        callback.on_log(args, state, None, logs=logs | {name: float("nan")})
+    assert len(metrics(tmp_path)) == 1
 
 
 @pytest.mark.slow

@@ -81,8 +81,9 @@ def test_functions_are_short():
 
 
 def test_the_settings_are_few():
+    """Each one of `train` is in a preset or an experiment, or says where weights and data are."""
     for settings_class in settings.CLASSES.values():
-        assert len(dataclasses.fields(settings_class)) <= 28
+        assert len(dataclasses.fields(settings_class)) <= 30
 
 
 # What the paper's text is known to contain. Its sections are not known by number.

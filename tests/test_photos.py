@@ -313,6 +313,23 @@ def test_a_bad_sample_is_named_and_the_others_can_be_read(tmp_path):
     assert seen == {None, *wanted}
 
 
+def test_ids_that_join_a_sentence_to_the_mask_of_another_are_refused(tmp_path):
+    made = make_refcocog(tmp_path)
+    file = tmp_path / "refcocog" / "instances.json"
+    first, *_, last = made.instances["annotations"]
+    first["image_id"] = last["image_id"]
+    file.write_text(json.dumps(made.instances))
+    reasons = []
+    for dataset in (RefCOCO("refcocog", tmp_path, split) for split in ("train", "val", "test")):
+        for k, one in enumerate(dataset.expressions):
+            if "-700-" in one.id:
+                reasons.append(error_of(dataset.__getitem__, k, kind=BadSample))
+    assert reasons and all("its mask is of another image" in text for text in reasons)
+    made.instances["annotations"].append(last | {"segmentation": first["segmentation"]})
+    file.write_text(json.dumps(made.instances))
+    assert f"two entries have the id {last['id']}" in error_of(RefCOCO, "refcocog", tmp_path, "val")
+
+
 def test_a_sentence_that_the_policy_cannot_be_asked_is_a_bad_sample(tmp_path):
     make_refcocog(tmp_path)
     dataset = RefCOCO("refcocog", tmp_path, "val")

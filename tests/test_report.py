@@ -265,7 +265,8 @@ def run(tmp_path_factory, rolled, samples, tokenizer) -> Path:
     (run / "config.json").write_text(json.dumps({"vlm": "tiny", "note": HOSTILE}))
     means = {"giou": 0.5, "ciou": 0.45, "format": 0.9, "box": 0.5, "n": 64}
     ceiling = {"giou": 0.9, "ciou": 0.85, "n": 64}
-    results = {"before": means, "ceiling": ceiling, "after": means | {"giou": 0.75}}
+    after = means | {"giou": 0.75, "giou_95": [0.7, 0.8125]}
+    results = {"before": means, "ceiling": ceiling, "after": after}
     (run / "eval.json").write_text(json.dumps(results))
     rows = [{"step": 1, "reward": 2.0, "kl": float("nan")}, {"step": 2, "reward": None}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -341,7 +342,7 @@ def test_the_table_shows_eval_json(page):
     assert cells == [
         ["", "gIoU", "cIoU", "format", "box@0.5", "samples"],
         ["before", "0.5", "0.45", "0.9", "0.5", "64"],
-        ["after", "0.75", "0.45", "0.9", "0.5", "64"],
+        ["after", "0.75 (0.700 to 0.812)", "0.45", "0.9", "0.5", "64"],
         ["ceiling", "0.9", "0.85", "", "", "64"],
     ]
     assert "Training closed 62 % of the gap" in page  # 0.25 of 0.4
@@ -365,6 +366,9 @@ def test_missing_parts_and_damaged_files_are_named(name, note, run, tmp_path):
         report.report_html(copy)
     file.unlink()
     assert note in report.report_html(copy)
+    (copy / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # of a model
+    with pytest.raises(UserError, match=r"not the folder of a run: its config\.json"):
+        report.report_html(copy)
     (copy / "config.json").unlink()
     with pytest.raises(UserError, match=r"not the folder of a run: it has no config\.json"):
         report.report_html(copy)

@@ -139,13 +139,13 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("line", ["{]", "null", '{"other": 1}'])
+@pytest.mark.parametrize("line", ["{]", "null", '{"other": 1}', "\udcff"])
 def test_a_damaged_log_is_named_and_stays(line, tmp_path):
     text = f'{{"step": 1}}\n{line}\n'
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged.*mend or delete it"):
         runs.start_metrics(tmp_path, parse_settings("train", []), 2)
-    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert (tmp_path / "metrics.jsonl").read_text(errors="surrogateescape") == text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,6 +225,13 @@ def test_one_table_is_of_one_set_and_one_model(command, name, other, tmp_path):
         parse_settings(command, [*flags, f"--{name}", other])
     if command == "train":  # its files may lie in another place now
         parse_settings(command, [*flags, "--data", "refcocog:b", "--sam", "vit_b:b.pth"])
+
+
+@pytest.mark.parametrize("change", [{"normalise": "both"}, {"preset": "big"}, {"lr": None}])
+def test_a_value_that_was_changed_in_config_json_is_checked(change, tmp_path):
+    save_config(tmp_path, **change)
+    with pytest.raises(UserError, match=f"--{min(change)} "):
+        parse_settings("train", ["--resume", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"colour": "red"}'])
@@ -318,12 +325,14 @@ def test_the_table_of_a_run_is_printed(tmp_path, capsys):
     before |= {"boxonly": 0.125, "n": 8}
     ceiling = {"giou": 0.9, "ciou": 0.95, "n": 8}
     results = {"before": before, "ceiling": ceiling, "after": before | {"giou": 0.65}}
+    results["after"] |= {"giou_95": [0.6, 0.71], "ciou_95": [0.25, 0.375]}
     row = {"reward": 2.0, "iou": 0.25, "clip_low": 0.01, "clip_high": 0.02}
     (tmp_path / "samples").mkdir()
     runs.print_table(results, [row, row | {"reward": 4.0}], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["before", "0.400", "0.300", "0.900", "0.500", "0.750", "0.125", "8"]
     assert lines[4].split() == ["ceiling", "0.900", "0.950", *"----", "8"]
+    assert "after       gIoU 0.600 to 0.710, cIoU 0.250 to 0.375" in lines
     assert "gap to the ceiling closed: 50 %" in lines
     assert "mean reward (of 6): 2.00 -> 4.00 (first 1 and last 1 steps)" in lines
     assert lines[-1] == f"written to {tmp_path}: samples/"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Sam2Config, Sam2Model
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import samr1_mini
 from plumbing.errors import UserError
 from plumbing.sam import SAM_SIZES, build_sam
 from plumbing.settings import parse_settings
+from plumbing.transformers_sam import FAMILIES
 from plumbing.vlm import load_vlm
 from tools import memory, merge
 
@@ -74,6 +75,8 @@ def test_bad_arguments_of_merge_are_named(adapter, tmp_path):
     assert "name a new folder" in refused(adapter, "run")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
     assert "is damaged or truncated" in refused(adapter, "out")
+    (adapter.parent / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # of a model
+    assert "name the --vlm" in refused(adapter, "out")
     (adapter.parent / "config.json").unlink()
     assert "name the --vlm" in refused(adapter, "out")
     assert not (tmp_path / "out").exists()
@@ -139,15 +142,25 @@ def test_the_expected_adapter_is_the_adapter_of_a_run():
     assert size == 16 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
-@pytest.mark.parametrize("sam, prompts", [("tiny", 64), ("vit_b:FILE", 16), ("sam2:FOLDER", 8)])
+@pytest.mark.parametrize(
+    "sam, prompts", [("tiny", 64), ("vit_b:FILE", 16), ("sam2:FOLDER", 8), ("sam3:FOLDER", 6)]
+)
 def test_sizes_of_the_segmenter_are_those_of_the_model(sam, prompts, tmp_path):
-    config = Sam2Config()
-    config.save_pretrained(tmp_path)
     size, _, _ = sam.partition(":")
-    model = Sam2Model(config) if size == "sam2" else build_sam(**SAM_SIZES[size])
+    with torch.device("meta"):
+        if size in FAMILIES:
+            config = FAMILIES[size].config()
+            config.save_pretrained(tmp_path)
+            model = FAMILIES[size].model(config)
+        else:
+            model = build_sam(**SAM_SIZES[size])
     parts = expected(f"--sam {sam.replace('FOLDER', str(tmp_path))}")["reward"]
-    assert parts["SAM weights"][0] == sum(weight.nbytes for weight in model.parameters())
-    # An image embedding of an official SAM has 4 MiB, the largest level of a SAM 2 has 8.
+    # The fourth level of a SAM 3 is not loaded.
+    used = [
+        w for name, w in model.named_parameters() if ".fpn_layers.3." not in name or size != "sam3"
+    ]
+    assert parts["SAM weights"][0] == sum(weight.nbytes for weight in used)
+    # The largest level of an official SAM has 4 MiB, that of a SAM 2 has 8, of a SAM 3 10.
     assert parts["SAM decoder"][1].startswith(f"{prompts} prompts x ")
 
 
@@ -160,6 +173,11 @@ def test_sizes_of_the_segmenter_are_those_of_the_model(sam, prompts, tmp_path):
         "--sam vit_b",
         "--side 70",
         "--dtype 4bit",
+        "--device cuba",
+        "--device meta",
+        "--vlm ~/none",
+        "--data refcocoh:data",
+        "--data refcocog:data/val",
     ],
 )
 def test_memory_names_the_flag_that_cannot_be_used(flags):

@@ -3,13 +3,16 @@
 import json
 import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from peft.utils import save_and_load
+from safetensors.torch import load_file, save_file
 from segment_anything.modeling import MaskDecoder
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
@@ -19,6 +22,7 @@ from grpo import group_logprobs
 from plumbing import runs
 from plumbing.errors import UserError
 from plumbing.settings import parse_settings
+from plumbing.tracking import Tracker
 from plumbing.vlm import load_vlm, vlm_path
 
 ROOT = Path(samr1_mini.__file__).parent
@@ -125,6 +129,78 @@ def test_only_the_adapter_on_the_language_model_is_trained(whole_run):
     assert all("language_model" in name for name in adapter)
     assert all(p.abs().max() > 0 for name, p in adapter.items() if "lora_B" in name)
     assert trained.peft_config["default"].lora_alpha == 2 * trained.peft_config["default"].r
+
+
+def test_training_continues_from_an_adapter(whole_run, tmp_path):
+    """Its answers are the first ones, the base model is the reference, and --resume goes on.
+
+    The copy of the adapter has half the factor B and the double alpha, so it does the same.
+    """
+    given = Path(shutil.copytree(whole_run / "adapter", tmp_path / "given"))
+    file = given / "adapter_model.safetensors"
+    halved = {k: x / 2 if "lora_B" in k else x for k, x in load_file(file).items()}
+    save_file(halved, file)
+    config = json.loads((given / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (given / "adapter_config.json").write_text(json.dumps(config))
+    out = tmp_path / "run"
+    run(QUICK.replace("--steps 4", "--steps 1"), "--adapter", given, "--out", out)
+    first = json.loads((whole_run / "eval.json").read_text())
+    assert json.loads((out / "eval.json").read_text())["before"] == first["after"]
+    assert read_metrics(out)[0]["kl"] > 2 * read_metrics(whole_run)[0]["kl"]  # of the base model
+    trained = state(out)["adapter"]
+    for key, weight in state(whole_run)["adapter"].items():
+        assert 0 < (trained[key] - weight).abs().max() < 1e-3  # lr 1e-4 in the first of ten steps
+    assert "started from another adapter" in (out / "adapter" / "README.md").read_text()
+    shutil.rmtree(given)  # the checkpoint has all that is needed
+    run("train --resume --steps 2 --out", out)
+    assert state(out)["step"] == 2
+
+
+class StandIn(ModuleType):
+    """A tracker that notes its calls, and fails if it is told to."""
+
+    def __init__(self, error: Exception | None = None):
+        super().__init__("trackio")
+        self.error = error
+        self.calls = []
+
+    def init(self, **options):
+        if self.error:
+            raise self.error
+        self.calls.append(("init", options))
+
+    def Image(self, path):
+        return Path(path).name
+
+    def log(self, row, step):
+        self.calls.append(("log", step, row))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def test_a_tracker_gets_every_row_and_picture(tmp_path, monkeypatch):
+    tracker = StandIn()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    out = tmp_path / "run"
+    run(QUICK.replace("--steps 4", "--steps 3"), "--track", "trackio", "--out", out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    pictures = [{"samples": "step_00001.png"}, {}, {"samples": "step_00003.png"}]
+    logged = [("log", k + 1, row | pictures[k]) for k, row in enumerate(rows)]
+    (_, options), *others = tracker.calls
+    assert options["name"] == "run" and options["config"]["steps"] == 3
+    assert options["resume"] == "never" and others == [*logged, ("finish",)]
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [(None, "--track wandb: first pip install wandb"), (StandIn(OSError("no account")), "account")],
+)
+def test_a_tracker_that_does_not_start_is_refused(module, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(UserError, match=message):
+        Tracker(parse_settings("train", ["--track", "wandb"]), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,11 +388,11 @@ def test_old_logprobs_are_the_policys_and_reference_ones_the_base_models():
     assert sampled.fixed_logprobs()[1] is None
 
 
-def test_saving_memory_does_not_change_the_gradients(monkeypatch):
+def test_saving_memory_changes_neither_the_gradients_nor_the_statistics(monkeypatch):
     """All prompts in one pass; one prompt in a pass; and layers computed again for the gradient."""
     attention = modeling_qwen2_5_vl.Qwen2_5_VLAttention
     forward = attention.forward
-    gradients, sides = {}, []
+    gradients, sides, logged = {}, [], []
     calls = Counter()  # of attention layers with gradient, for each level
 
     def count(*args, **options):
@@ -334,12 +410,20 @@ def test_saving_memory_does_not_change_the_gradients(monkeypatch):
         old, reference = sampled.fixed_logprobs()
         # Some tokens of the second mini-batch are clipped, below and above.
         old[2:] = reference[2:] + torch.tensor([0.4, -0.4])[:, None]
-        sides.append(sampled.update(old, reference)[0])
+        side, statistics = sampled.update(old, reference)
+        sides.append(side)
+        logged.append(statistics)
     assert len(gradients) == 3 and gradients[0].norm() > 0
+    mask = sampled.completions.mask
+    assert len(set(mask.sum((1, 2)).tolist())) > 1  # else passes would have equal weights anyway
+    for number, name in ((-1, "clip_low"), (1, "clip_high")):
+        share = (sides[0][mask] == number).float().mean().item()
+        assert 0 < share == pytest.approx(logged[0][name])
     for level in (1, 2):
         difference = gradients[level] - gradients[0]
         assert difference.norm() < 1e-4 * gradients[0].norm()
         assert torch.equal(sides[level], sides[0]) and sides[0].unique().tolist() == [-1, 0, 1]
+        assert logged[level] == pytest.approx(logged[0], rel=1e-4)
     assert calls[1] == 2 * calls[0] and calls[2] == 2 * calls[1]
 
 

@@ -58,7 +58,7 @@ def test_every_file_exists():
 
 
 def test_every_setting_exists():
-    elsewhere = {"seeds", "jobs", "table", "help", "protocol"}
+    elsewhere = {"seeds", "jobs", "table", "help", "protocol", "against"}
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z_-]*)", TEXT)}
     assert flags - elsewhere <= set(settings.Settings.__dataclass_fields__)
 
@@ -106,3 +106,13 @@ def test_figures_are_drawn(name, folder, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "tools.figures", raising=False)  # else runpy warns
     runpy.run_module("tools.figures", run_name="__main__", alter_sys=True)
     assert Image.open(out).width > 500
+
+
+def test_the_core_path_is_an_evening():
+    """Chapters 1 to 6 and 10, without questions and further reading. The tutorial says how many."""
+    core = ""
+    for chapter in re.split(r"(?m)^## ", TEXT):
+        if re.match(r"([1-6]|10)\. ", chapter):
+            core += re.sub(r"(?ms)^### Further reading.*?(?=^### |\Z)", "", chapter)
+    words = len(re.sub(r"(?s)<details>.*?</details>", "", core).split())
+    assert f"have {words:,} words" in TEXT and words <= 5000

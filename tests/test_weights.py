@@ -53,6 +53,8 @@ def spoil(file: Path, change) -> None:
         file.unlink()
     elif change == "truncate":
         file.write_bytes(file.read_bytes()[:-100])
+    elif change == "zero":
+        file.write_bytes(file.read_bytes()[:-5000] + bytes(5000))
     elif isinstance(change, str):
         file.write_text(change)
     else:
@@ -96,15 +98,18 @@ SPOILED_VLMS = [  # file, change, what the message must match
     (MODEL, lambda w: w | {"v_head": torch.ones(1)}, "v_head"),
     (MODEL, lambda w: w | {NORM: torch.full((96,), torch.nan)}, "1 weights are not finite .*norm"),
     (MODEL, lambda w: w | {NORM: torch.ones(95)}, "norm.weight: 95 in place of 96"),
+    (MODEL, lambda w: {k: w[k].to(torch.int8) for k in w}, "holds quantised weights"),
     (MODEL, POINTER, "model.safetensors is a git-lfs pointer"),
     (MODEL, "delete", "model.safetensors"),
     (MODEL, "", "model.safetensors is empty"),
     (MODEL, "truncate", "model.safetensors is damaged or truncated"),
+    (MODEL, "zero", "model.safetensors ends in zeros"),
     ("tokenizer.json", "truncate", "tokenizer.json is damaged"),
     ("tokenizer.json", "delete", "tokenizer"),
     ("tokenizer_config.json", "delete", "tokenizer_config.json is missing"),
     ("chat_template.jinja", POINTER, "chat_template.jinja is a git-lfs"),
     ("chat_template.jinja", "delete", "chat template"),
+    ("chat_template.jinja", "{{ messages[0].content[-1].text }}", "template leaves the image out"),
     ("processor_config.json", "delete", "image processor"),
 ]
 
@@ -187,6 +192,27 @@ def test_a_mistyped_name_is_refused_at_once(flags, error, monkeypatch):
     message = refused(samr1_mini.evaluate_adapter, s)
     assert f"--{next(iter(flags))} {next(iter(flags.values()))}" in message
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("flags", [{"vlm": "owner/gated"}, {"sam": "sam3:owner/gated"}])
+def test_a_model_without_access_says_how_to_get_it(flags, monkeypatch):
+    """As the hub answers for facebook/sam3: all may see the page, few may fetch the files."""
+    client = __import__(type(httpx_response(401)).__module__.partition(".")[0])
+    page = {"id": "owner/gated", "gated": "manual"}
+
+    def answer(request):
+        if request.url.path == "/api/models/owner/gated":
+            return client.Response(200, json=page)
+        return client.Response(401, headers={"X-Error-Code": "GatedRepo"})
+
+    hub = client.Client(transport=client.MockTransport(answer))
+    monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT", hub)
+    s = samr1_mini.parse_settings("eval", [f"--{key}={value}" for key, value in flags.items()])
+    message = refused(samr1_mini.evaluate_adapter, s)
+    assert message.startswith(f"--{next(iter(flags))} {next(iter(flags.values()))}: ")
+    assert message.endswith(
+        "ask for access on https://huggingface.co/owner/gated, then run `hf auth login`"
+    )
 
 
 def httpx_response(status: int):
@@ -283,6 +309,26 @@ def test_an_adapter_that_fits_is_used_whole(kind, tmp_path):
     found = merge.logits(load_adapter(policy.model, str(tmp_path)), inputs)
     torch.testing.assert_close(found, expected)
     assert (found - base).abs().max() > 0.1
+
+
+NOT_CONTINUED = {
+    "rank": (lora(r=8), "its rank is 8: use --lora_rank 8"),
+    "fewer layers": (lora(target_modules=["q_proj"]), "lacks 36 of its weights.*tiny/vlm"),
+    "vision tower": (lora(target_modules=r".*visual.*\.qkv"), "has .* that the model does not"),
+    "dora": (lora(use_dora=True), "it is a variant of LoRA"),
+    "rslora": (lora(use_rslora=True), "it is a variant of LoRA"),
+    "pissa": (lora(init_lora_weights="pissa"), "it is a variant of LoRA"),
+    "prompt": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "not LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CONTINUED)
+def test_an_adapter_that_training_cannot_continue_is_refused(kind, tmp_path):
+    config, message = NOT_CONTINUED[kind]
+    with warnings.catch_warnings(action="ignore"):
+        get_peft_model(open_tiny().model, config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--adapter .*{message}"):
+        samr1_mini.add_lora(open_tiny().model, rank=4, seed=0, adapter=str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------

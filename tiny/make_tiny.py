@@ -5,10 +5,12 @@
 Both are the real classes at toy size, trained from random weights on the drawn scenes of
 `data.Shapes` (split "warmup", which samr1_mini.py never reads). They know nothing about
 photographs. The last lines that this script prints measure both on held-out scenes. A whole run
-takes 36 minutes on two cores (45 CPU minutes).
+takes 45 CPU minutes. Another processor rounds differently, and its models then differ a little.
 
 SAM   `segment_anything`'s Sam on 128 x 128 pixels. Supervised: from a jittered box, two points in
       the object, or both, to its mask. Where two objects share a box, it must follow the points.
+      It takes prompts literally: it cuts at a wrong box, and adds the background in the box if a
+      point lies there. So a mask reward has a reason to ask for good boxes and points.
 
 VLM   `Qwen2_5_VLForConditionalGeneration` on 64 x 64 pixels (16 image tokens), with a word-level
       vocabulary in which every integer 0..64 is one token. Two stages:

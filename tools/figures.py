@@ -8,8 +8,8 @@
 
 RUN is the folder of a finished run, such as runs/shapes-tiny-0. The figure is written to
 assets/NAME.png, or to --out FILE. benchmarks/ draws the other figures. assets/demo.png is a
-screenshot, 1280 pixels wide: start tools.demo with --adapter RUN/adapter, press Ask, and let the
-trained model go on from the thought about the triangle.
+screenshot, 1280 pixels wide: start tools.demo with --adapter RUN/adapter, ask about scene 80, and
+let the trained model go on from "the red triangle is at the middle middle".
 """
 
 import argparse

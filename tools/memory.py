@@ -11,15 +11,17 @@ import re
 import sys
 
 import torch
-from transformers import AutoModelForImageTextToText, PretrainedConfig, Sam2Model
+from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from grpo import LOGITS_AT_ONCE
+from plumbing.devices import named_device
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.four_bit import check_widths
 from plumbing.published import published_config
 from plumbing.sam import KNOWN_SAMS, SAM_SIZES, build_sam
-from plumbing.sam2 import sam2_config
 from plumbing.settings import Settings, parse, rollout_prompts
+from plumbing.sources import check_spec
+from plumbing.transformers_sam import FAMILIES, open_config
 from plumbing.vlm import check_family, vlm_path
 from reward import DECODER_BYTES
 from samr1_mini import LORA_TARGETS
@@ -35,6 +37,9 @@ def expected_memory(s) -> dict[str, Parts]:
 
     --dtype auto counts as bfloat16. s: `plumbing.settings.Settings`. Raises UserError.
     """
+    check_spec(s.data)
+    if s.device != "auto":
+        named_device(s.device)
     config = published_config(vlm_path(s.vlm))
     check_family(config, s.vlm)
     if s.dtype == "4bit":
@@ -103,18 +108,18 @@ def rollout_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
 def sam_parts(s) -> Parts:
     """Memory of SAM's weights and of its mask decoder. Raises UserError.
 
-    SAM 1 is built without a download. Of a SAM 2, config.json is read.
+    SAM 1 is built without a download. Of a SAM 2 or SAM 3, config.json is read.
     """
     size, _, name = s.sam.partition(":")
-    if size not in ("sam2", *SAM_SIZES) or (not name and size != "tiny"):
+    if size not in (*FAMILIES, *SAM_SIZES) or (not name and size != "tiny"):
         raise UserError(f"--sam {s.sam}: there is no such SAM: use {KNOWN_SAMS}")
-    config = sam2_config(name) if size == "sam2" else None
+    config = open_config(s.sam)[0] if size in FAMILIES else None
     with torch.device("meta"):
-        sam = Sam2Model(config) if config else build_sam(**SAM_SIZES[size])
+        sam = FAMILIES[size].model(config) if config else build_sam(**SAM_SIZES[size])
     weights = sum(p.numel() for p in sam.parameters())
     width = sam.prompt_encoder.no_mask_embed.weight.shape[1]
     grid = sam.prompt_encoder.image_embedding_size[0]
-    # SAM 2 has a level of embeddings with an eighth of the channels and 16 times the places.
+    # SAM 2 and 3 have a level of embeddings with an eighth of the channels and 16 times the places.
     level = 4 * width * grid**2 * (2 if config else 1)  # bytes of the largest level, float32
     maps = 15 if config else 10  # in units of an image embedding, measured on a CPU: 15, 8 to 10
     # The decoder takes as many prompts in a call as fit their embeddings into so many bytes.

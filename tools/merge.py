@@ -83,6 +83,14 @@ def check_same(merged, adapter, base, dtype: torch.dtype, flag: str) -> None:
         )
 
 
+def base_of_run(adapter: Path) -> str:
+    """The --vlm of the run whose adapter this is. Raises UserError if it is not known."""
+    try:
+        return str(json.loads((adapter.resolve().parent / "config.json").read_bytes())["vlm"])
+    except (OSError, ValueError, LookupError, TypeError) as error:  # or the config of a model
+        raise UserError(f"--adapter {adapter}: no run is beside it: name the --vlm") from error
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.merge", description="Merge a trained adapter into its base model."
@@ -93,10 +101,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.adapter = args.adapter.expanduser()
     args.out = args.out.expanduser()
-    config = args.adapter.resolve().parent / "config.json"
-    if not args.vlm and not config.is_file():
-        raise UserError(f"--adapter {args.adapter}: no run is beside it: name the --vlm")
-    merge(args.vlm or json.loads(config.read_text())["vlm"], args.adapter, args.out)
+    merge(args.vlm or base_of_run(args.adapter), args.adapter, args.out)
     print(f"written to {args.out}: load it with AutoModelForImageTextToText and AutoProcessor")
 
 

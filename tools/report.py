@@ -21,7 +21,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from plumbing import pictures
+from plumbing import intervals, pictures
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.runs import write_text
 from reward import SamPrompt
@@ -125,6 +125,9 @@ def results_html(results: dict) -> str:
     table = "".join(f"<th>{title}</th>" for title in ("", *COLUMNS.values()))
     for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # last
         cells = [format(row[key], ".3g") if key in row else "" for key in COLUMNS]
+        for k, key in enumerate(COLUMNS):
+            if f"{key}_95" in row:
+                cells[k] += f" ({intervals.span(row, key)})"
         table += f"\n<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{x}</td>" for x in cells)
     note = "The ceiling is SAM with the true box and two good points."
     if {"before", "after", "ceiling"} <= set(results):
@@ -159,6 +162,9 @@ def report_html(run: Path) -> str:
     """
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no config.json")
+    config = read(run / "config.json")
+    if "vlm" not in config:  # the folder of a model has a config.json too
+        raise UserError(f"{run} is not the folder of a run: its config.json is of something else")
     results = "<p>No evaluation was written yet.</p>"
     if (file := run / "eval.json").is_file():
         results = results_html(read(file))
@@ -171,7 +177,7 @@ def report_html(run: Path) -> str:
         results=results,
         curves=curves_html(rows) if rows else "<p>No step was logged yet.</p>",
         steps="".join(steps) or "<p>No rollouts were logged.</p>",
-        config=html.escape(json.dumps(read(run / "config.json"), indent=2)),
+        config=html.escape(json.dumps(config, indent=2)),
     )
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
