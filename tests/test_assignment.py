@@ -12,9 +12,10 @@ import sys
 import xml.etree.ElementTree as ET
 
 import pytest
+from wrong_solutions import SOLUTIONS
 
 from assignment import grade, handout
-from assignment.handout import EXERCISES, ROOT, SCRIPTS
+from assignment.handout import BY_HAND, EXERCISES, ROOT, SCRIPTS
 from plumbing.errors import UserError
 
 
@@ -46,14 +47,16 @@ def test_docstring_examples(module):
 
 def test_handout_is_the_repository_without_the_lecturers_files(student):
     files = {file.relative_to(student).as_posix() for file in student.rglob("*") if file.is_file()}
-    expected = "data.py samr1_mini.py README.md LICENSE requirements.txt .ci/run tests/conftest.py"
-    expected += " tiny/sam.safetensors plumbing/answers.py tools/merge.py examples/trl_grpo.py"
+    expected = "data.py README.md LICENSE requirements.txt tests/conftest.py tests/test_grpo.py"
+    expected += " tiny/sam.safetensors plumbing/answers.py tools/merge.py"
     assert {*SCRIPTS, *expected.split()} <= files
-    assert not files & {"tests/test_assignment.py", "tests/test_tutorial.py"}
-    assert [file for file in files if file.startswith("assignment/")] == ["assignment/handout.py"]
+    assert not files & {"tests/test_assignment.py", grade.UNSEEN, *handout.SHOWS_A_SOLUTION}
+    names = {file for file in files if file.startswith("assignment/")}
+    assert names == {f"assignment/{n}.py" for n in ("__init__", "handout", "next", "two_answers")}
     assert not [file for file in files if re.search(r"(^|/)(\.git|\.venv|runs|__pycache__)/", file)]
     for file in files - set(SCRIPTS):
-        assert (student / file).read_bytes() == (ROOT / file).read_bytes()
+        reference = handout.README if file == "README.md" else file
+        assert (student / file).read_bytes() == (ROOT / reference).read_bytes()
 
 
 def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
@@ -65,7 +68,10 @@ def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
             for name in exercise.functions if exercise.script == script else ():
                 function = handout.find_functions(tree.body)[name]
                 error = f"raise NotImplementedError('exercise {number}: {exercise.title}')"
-                assert ast.unparse(function.body[1:]) == error
+                if exercise.part:
+                    assert error in ast.unparse(function)
+                else:
+                    assert ast.unparse(function.body[1:]) == error
                 function.body = handout.find_functions(reference.body)[name].body
         assert ast.dump(reference) == ast.dump(tree)
         lines = (ROOT / script).read_text().split("\n")
@@ -74,14 +80,12 @@ def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
                 lines = lines[lines.index(line) + 1 :]
 
 
-def test_handout_names_no_command_that_students_lack_and_no_common_mistakes(student):
-    for file in student.rglob("*.md"):
-        text = file.read_text().lower()
-        assert "common mistakes" not in text
-        for module in re.findall(r"python -m (?!pytest)([a-z]\w*(?:\.\w+)*)", text):
-            path = student / module.replace(".", "/")
-            assert path.with_suffix(".py").is_file() or module in ("pip", "venv"), (file, module)
-    assert "Common mistakes" in (ROOT / "assignment" / "README.md").read_text()
+def test_the_students_readme_names_no_command_that_students_lack(student):
+    text = (student / "README.md").read_text()
+    modules = re.findall(r"python -m ([a-z]\w*(?:\.\w+)*)", text)
+    assert "assignment.next" in modules
+    for module in set(modules) - {"pip", "venv", "pytest"}:
+        assert (student / module.replace(".", "/")).with_suffix(".py").is_file(), module
 
 
 def test_handout_does_not_overwrite_anything(tmp_path):
@@ -95,15 +99,17 @@ def test_handout_does_not_overwrite_anything(tmp_path):
 
 def test_the_tutorials_table_is_that_of_the_exercises():
     chapter = (ROOT / "TUTORIAL.md").read_text().split("\n## 10.")[1]
-    rows = re.findall(r"^(\| \d+ .*) \d+ \|$", chapter, re.M)  # without the minutes
+    rows = re.findall(r"^\| \d+ .*\|$", chapter, re.M)
     expected = []
     for number, exercise in EXERCISES.items():
         module = exercise.script.removesuffix(".py").replace("/", ".")
         functions = ", ".join(f"`{module}.{name}`" for name in exercise.functions)
         expected.append(f"| {number} | {exercise.title} | {functions} | {exercise.points} |")
+    expected += [f"| {number} | {title} | | {of} |" for number, (title, of) in BY_HAND.items()]
     assert rows == expected
-    assert list(EXERCISES) == [*range(1, 11)]
-    assert sum(exercise.points for exercise in EXERCISES.values()) == 100
+    assert [*EXERCISES, *BY_HAND] == [*range(1, 16)]
+    points = [exercise.points for exercise in EXERCISES.values()]
+    assert sum(points) + sum(of for _, of in BY_HAND.values()) == 100
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,27 +130,12 @@ for folder, options in json.loads(sys.argv[1]):
 MARKED = " or ".join(f"exercise_{number}" for number in EXERCISES)
 
 
-@pytest.fixture(scope="module")
-def messages(student, tmp_path_factory):
-    """What the hand-out's tests say: a list of (name, message) each, "" for a test that passes.
-
-    "marked" and "others": while nothing is solved. N: those of exercise N, while the exercises 1 to
-    N are solved.
-    """
+def run_all(folder, runs, files):
+    """Write a junit report NAME.xml to `folder` for each run: name -> (tree, marks)."""
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot copy a process")
-    folder = tmp_path_factory.mktemp("reports")
-    runs = {"marked": (student, MARKED), "others": (student, f"not ({MARKED})")}
-    for number in EXERCISES:
-        tree = folder / str(number)
-        shutil.copytree(student, tree, copy_function=os.link)
-        for script in SCRIPTS:
-            (tree / script).unlink()  # it is the same file as the hand-out's
-            text = handout.remove_solutions(script, range(number + 1, 11))
-            (tree / script).write_text(text)
-        runs[number] = (tree, f"exercise_{number}")
     options = ["-q", "--tb=line", "-p", "no:cacheprovider"]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", *grade.TESTS]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", *files]
     lines = [
         (str(tree), [*options, "-m", marks, f"--junitxml={folder}/{name}.xml"])
         for name, (tree, marks) in runs.items()
@@ -152,6 +143,26 @@ def messages(student, tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     line = [sys.executable, "-c", RUN_ALL, json.dumps(lines)]
     subprocess.run(line, env=environment, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def messages(student, tmp_path_factory):
+    """What the hand-out's tests say: a list of (name, message) each, "" for a test that passes.
+
+    "marked" and "others": while nothing is solved. N: those of exercise N, while the exercises 1 to
+    N are solved.
+    """
+    folder = tmp_path_factory.mktemp("reports")
+    runs = {"marked": (student, MARKED), "others": (student, f"not ({MARKED})")}
+    for number in EXERCISES:
+        tree = folder / str(number)
+        shutil.copytree(student, tree, copy_function=os.link)
+        for script in SCRIPTS:
+            (tree / script).unlink()  # it is the same file as the hand-out's
+            text = handout.remove_solutions(script, range(number + 1, max(EXERCISES) + 1))
+            (tree / script).write_text(text)
+        runs[number] = (tree, f"exercise_{number}")
+    run_all(folder, runs, grade.TESTS)
     found = {}
     for name in runs:
         cases = ET.parse(folder / f"{name}.xml").iter("testcase")
@@ -183,6 +194,28 @@ def test_exercises_can_be_solved_in_order(messages):
         assert not [(name, message) for name, message in messages[number] if message]
 
 
+@pytest.mark.slow
+def test_solutions_earn_what_their_row_says(student, tmp_path):
+    runs = {}
+    for name, (number, old, new, _) in SOLUTIONS.items():
+        tree = tmp_path / name
+        shutil.copytree(student, tree, copy_function=os.link)
+        shutil.copy(ROOT / grade.UNSEEN, tree / grade.UNSEEN)
+        for script in SCRIPTS:
+            (tree / script).unlink()
+            text = (ROOT / script).read_text()
+            if script == EXERCISES[number].script:
+                assert text.count(old) == 1, name
+                text = text.replace(old, new)
+            (tree / script).write_text(text)
+        runs[name] = (tree, f"exercise_{number}")
+    run_all(tmp_path, runs, [*grade.TESTS, grade.UNSEEN])
+    for name, (number, _, _, points) in SOLUTIONS.items():
+        earned, remark = grade.count_points(number, grade.read_report(tmp_path / f"{name}.xml"))
+        assert earned == points, (name, remark)
+        assert points or remark.startswith("necessary: "), (name, remark)
+
+
 # --------------------------------------------------------------------------------------------------
 # The grader
 # --------------------------------------------------------------------------------------------------
@@ -209,8 +242,8 @@ def test_grader_takes_bodies_and_new_functions_only():
     assert grade.insert_solution(reference, student, ["f"]) == expected
 
 
-# Exercise 5 is right but fails a hidden test, 6 is right, and 7 is not valid Python.
-SOLUTIONS = {
+# Exercise 7 is right but fails a hidden test, 8 is right, and 9 is not valid Python.
+STARTED = {
     "group_advantages": """centred = rewards - rewards.mean(-1, keepdim=True)
 std = rewards.std(-1, keepdim=True)
 return centred / (std + eps) * (std > 1e-6)""",
@@ -227,7 +260,7 @@ raise SystemExit
 HIDDEN = """
 import pytest, torch, grpo
 
-@pytest.mark.exercise_5
+@pytest.mark.exercise_7
 @pytest.mark.parametrize("n", [2, 3])
 def test_hidden(n, samples):
     assert len(samples) == 6
@@ -243,31 +276,30 @@ def test_each_exercise_is_graded_on_its_own(student, tmp_path):
     hidden.mkdir()
     (hidden / "test_hidden.py").write_text(HIDDEN)
     text = (student / "grpo.py").read_text().replace("def pack(", "def packed(")
-    for name, body in SOLUTIONS.items():
+    for name, body in STARTED.items():
         text = solve(text, name, body)
     (folder / "grpo.py").write_text(text + OUTSIDE)
-    numbers = ["9", "7", "6", "5", "4"]
+    numbers = ["11", "9", "8", "7", "4"]
     result = command("grade", folder, "--hidden", hidden, "--limit", 300, "--exercises", *numbers)
     assert result.returncode == 0, result.stderr
     table = result.stdout.splitlines()
     summary = json.loads(table[-1])
-    four, five, six, seven, nine = summary["exercises"]
-    assert [row["exercise"] for row in summary["exercises"]] == [4, 5, 6, 7, 9] and len(table) == 8
+    four, seven, eight, nine, eleven = rows = summary["exercises"]
+    assert [row["exercise"] for row in rows] == [4, 7, 8, 9, 11] and len(table) == 8
     assert four["points"] == 0 and "reward.py" in four["remark"]
-    assert five["tests"] == five["passed"] + 1
-    assert five["points"] == 5 * five["passed"] // five["tests"] < 5
-    assert "test_hidden[2]" in five["remark"] and table[2].endswith(five["remark"])
-    assert six["passed"] == six["tests"] > 1 and six["points"] == six["of"] == 5
-    assert seven["points"] == nine["points"] == 0
-    assert seven["remark"].startswith("syntax error") and "ratio = (" in seven["remark"]
-    assert nine["remark"]
-    assert summary["points"] == five["points"] + six["points"] and summary["of"] == 40
+    assert seven["tests"] == seven["passed"] + 1 and 0 < seven["points"] < 5
+    assert "test_hidden[2]" in seven["remark"] and table[2].endswith(seven["remark"])
+    assert eight["passed"] == eight["tests"] > 1 and eight["points"] == eight["of"] == 5
+    assert nine["points"] == eleven["points"] == 0
+    assert nine["remark"].startswith("syntax error") and "ratio = (" in nine["remark"]
+    assert eleven["remark"]
+    assert summary["points"] == seven["points"] + 5 and summary["of"] == 36
 
 
-# What a solution might do. Name: (its lines, passed tests, tests, text in the remark)
+# What a solution might do. Name: (its lines, passed tests, tests, text in the messages)
 HOSTILE = {
-    "one test fails": ("return 1 if x else 0", 1, 2, "test_two: assert"),
-    "skip": ("import pytest; return 1 if x else pytest.skip('hard')", 1, 2, "test_two: hard"),
+    "one test fails": ("return 1 if x else 0", 1, 2, "assert"),
+    "skip": ("import pytest; return 1 if x else pytest.skip('hard')", 1, 2, "hard"),
     "end the process": ("import os; return 1 if x else os._exit(0)", 0, 0, "ended before"),
     "end the session": ("import pytest; x or pytest.exit('', 0); return 1", 0, 0, "ended before"),
     "print": ("for _ in range(200_000): print('x' * 1000)\nreturn 1", 2, 2, ""),
@@ -286,13 +318,13 @@ def test_grader_survives_any_solution(name, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")  # must not be inherited
     limit = 4 if name == "endless loop" else 60
-    passed, tests, remark = grade.run_tests(tmp_path, 1, ["test_small.py"], limit)
-    assert [passed, tests] == expected
-    assert text in remark and len(remark) <= 120
+    cases, remark = grade.run_tests(tmp_path, 1, ["test_small.py"], limit)
+    assert [list(cases.values()).count(""), len(cases)] == expected
+    assert text in remark + cases.get("test_two", "")
 
 
 def test_invalid_arguments_name_the_mend(student, tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} has no grpo.py"):
+    with pytest.raises(UserError, match=f"{tmp_path} has no assignment/two_answers.py and"):
         grade.main([str(tmp_path)])
     with pytest.raises(UserError, match="has no test_"):
         grade.main([str(student), "--hidden", str(tmp_path)])
