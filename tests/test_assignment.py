@@ -67,7 +67,7 @@ def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
         for number, exercise in EXERCISES.items():
             for name in exercise.functions if exercise.script == script else ():
                 function = handout.find_functions(tree.body)[name]
-                error = f"raise NotImplementedError('exercise {number}: {exercise.title}')"
+                error = f"raise NotImplementedError({f'exercise {number}: {exercise.title}'!r})"
                 if exercise.part:
                     assert error in ast.unparse(function)
                 else:

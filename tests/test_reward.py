@@ -301,7 +301,6 @@ def predict(predictor, prompt):
 def test_masks_and_counts_equal_those_of_sam_predictor(scenes, mixed, original_sam, scorer):
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     predictor = SamPredictor(original_sam)
-    chosen = set()
     for b, scene in enumerate(scenes):
         predictor.set_image(np.asarray(scene.image))
         for g, prompt in enumerate(mixed[b]):
@@ -311,7 +310,7 @@ def test_masks_and_counts_equal_those_of_sam_predictor(scenes, mixed, original_s
             if prompt == SamPrompt(None, ()):
                 assert not mask.any() and overlap.iou[b, g] == 0
                 continue
-            logits, number = predict(predictor, prompt)
+            logits, _ = predict(predictor, prompt)
             clear = np.abs(logits) > 1e-3  # closer to 0, rounding decides
             assert clear.mean() > 0.999
             same = mask == (logits > 0)
@@ -319,9 +318,7 @@ def test_masks_and_counts_equal_those_of_sam_predictor(scenes, mixed, original_s
             counted = True if scene.ignore is None else ~scene.ignore
             assert overlap.intersection[b, g] == (mask & scene.mask & counted).sum()
             assert overlap.union[b, g] == ((mask | scene.mask) & counted).sum()
-            chosen.add(number)
     assert overlap.iou.max() > 0.5  # so the masks are not arbitrary
-    assert len(chosen) > 1
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 640), (1000, 1), (2000, 1333)])
