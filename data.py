@@ -200,9 +200,10 @@ def subsample(refs: list[dict], samples: int | None, seed: str) -> list[tuple[di
         sentences = sorted(ref["sentences"], key=lambda sentence: sentence["sent_id"])
         sentences.sort(key=lambda _: rng.random())  # sort() calls the key once for each, in order
         for turn, sentence in enumerate(sentences):
-            entries.append((turn, shuffle_key, ref["ref_id"], ref, sentence))
-    entries.sort(key=lambda entry: entry[:3])
-    return [(ref, sentence) for *_, ref, sentence in entries[:samples]]
+            place = (turn, shuffle_key, ref["ref_id"])
+            entries.append((place, ref, sentence))
+    entries.sort(key=lambda entry: entry[0])
+    return [(ref, sentence) for _, ref, sentence in entries[:samples]]
 
 
 class Expression(NamedTuple):
@@ -257,8 +258,8 @@ class RefCOCO:
         one = self.expressions[index]
         with foreign(f"{one.id} of instances.json", kind=BadSample):
             if not one.image or not one.segmentation:
-                image = "it has no image, or its mask is of another image"
-                raise ValueError(image if not one.image else "it has no mask")
+                no_image = "it has no image, or its mask is of another image"
+                raise ValueError("it has no mask" if one.image else no_image)
             file_name, (width, height) = one.image
             mask = coco_mask(one.segmentation, width, height)
             if not mask.any():

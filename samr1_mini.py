@@ -65,15 +65,8 @@ def load_scorer(s, device: torch.device) -> SamScorer:
     return SamScorer(load_sam(s.sam), device, encoder_batch, offload=s.save_memory >= 3)
 
 
-def add_lora(
-    model: torch.nn.Module,
-    rank: int,
-    seed: int,
-    checkpoint_layers: bool = False,
-    adapter: str = "none",
-):
-    """Put an adapter of scale alpha / rank = 2 on the language model's linear layers: an untrained
-    one, or with the weights of the one in the folder `adapter`.
+def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bool = False):
+    """Put an untrained adapter of scale alpha / rank = 2 on the language model's linear layers.
 
     The base model stays frozen. With the adapter switched off it is the reference policy.
     """
@@ -84,12 +77,19 @@ def add_lora(
         r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, lora)
-    if adapter != "none":
-        continue_adapter(model, adapter)
     if checkpoint_layers:
         layers = model.get_base_model().model.language_model
         layers.activation_checkpointing_enable({"use_reentrant": False})
     return model.eval()
+
+
+def load_trainable_policy(s: Settings) -> Policy:
+    """The policy with an adapter to train: a new one, or with the weights of --adapter."""
+    policy = load_policy(s)
+    policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
+    if s.adapter != "none" and not s.resume:  # a checkpoint has its own weights
+        continue_adapter(policy.model, s.adapter)
+    return policy
 
 
 def sample_completions(
@@ -143,10 +143,8 @@ def train(s: Settings) -> None:
     """Evaluate, train with GRPO, evaluate again. README lists the files that a run writes."""
     samples = load_data(s.data, "train", s.train_samples)
     heldout = load_data(s.data, "heldout")
-    policy = load_policy(s)
+    policy = load_trainable_policy(s)
     scorer = load_scorer(s, policy.device)
-    adapter = "none" if s.resume else s.adapter  # a checkpoint has its own weights
-    policy.model = add_lora(policy.model, s.lora_rank, s.seed, s.save_memory >= 2, adapter)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(s.seed)  # of sampling
@@ -239,7 +237,7 @@ def prompts_per_pass(s: Settings) -> int:
     """Prompts that go through the model together when log-probs are computed.
 
     `fixed_logprobs` and `update` use passes of the same size, because the rounding of a matrix
-    product depends on the size of the batch. So a ratio is exactly 1 before the first update.
+    product depends on the size of the batch. So a ratio differs from 1 only by what was learnt.
     """
     return 1 if s.save_memory else s.prompts_per_step // s.minibatches
 
@@ -308,8 +306,8 @@ def update(
             share = (rows.stop - rows.start) * s.minibatches / s.prompts_per_step
             policy.scaler.scale(loss * share).backward()
             tokens = mask[rows].sum()
-            statistics["entropy"] = entropy.sum() / tokens
-            log.append({name: value * tokens for name, value in statistics.items()})
+            sums = {name: value * tokens for name, value in statistics.items()}
+            log.append(sums | {"entropy": entropy.sum()})
         norms.append(clipped_step(optimizer, policy.scaler, MAX_GRAD_NORM))
     # Means over the tokens of all passes. Each token was in one pass of each epoch.
     tokens = mask.sum() * s.epochs

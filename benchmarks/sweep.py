@@ -1,16 +1,16 @@
 """sweep.py - train several settings with several seeds, print a table and draw a picture.
 
-    python -m benchmarks.sweep mask_or_box    reward the mask, or only the box?        75 minutes
-    python -m benchmarks.sweep ablations      the paper's Tables 3 and 4, Figure 4a    90 minutes
-    python -m benchmarks.sweep amount         the paper's Table 6: training scenes     30 minutes
-    python -m benchmarks.sweep failures       five runs that fail on purpose            8 minutes
-    python -m benchmarks.sweep dtypes         float32 and bfloat16                      3 minutes
+    python -m benchmarks.sweep mask_or_box    reward the mask, or only the box?        20 runs
+    python -m benchmarks.sweep ablations      the paper's Tables 3 and 4, Figure 4a    27 runs
+    python -m benchmarks.sweep amount         the paper's Table 6: training scenes     12 runs
+    python -m benchmarks.sweep failures       five runs that fail on purpose            6 short runs
+    python -m benchmarks.sweep dtypes         float32 and bfloat16                      2 short runs
 
-The minutes are those of one core; --jobs 2 runs two trainings at a time. Each one is
-`python samr1_mini.py train ... --out runs/sweep/SETTING-SEED`. The same command continues an
-interrupted sweep: it skips finished runs and resumes the others. --table trains nothing: it prints
-the table of the runs that exist. Settings of the same name in two sweeps share their runs, so run
-one sweep at a time. A new sweep is one entry of SWEEPS.
+A run takes two to three minutes on one core, a short one about one. --jobs 2 runs two trainings at
+a time. Each one is `python samr1_mini.py train ... --out runs/sweep/SETTING-SEED`. The same command
+continues an interrupted sweep: it skips finished runs and resumes the others. --table trains
+nothing: it prints the table of the runs that exist. Settings of the same name in two sweeps share
+their runs, so run one sweep at a time. A new sweep is one entry of SWEEPS.
 """
 
 import argparse

@@ -150,7 +150,7 @@ def draw(cases: list[Case], found: dict[str, list[Reply]]) -> Figure:
     """Two cases of each group, one in each column. Above: own thought. Below: the other object's.
 
     They are the first whose mask is on the target after the policy's own thought, and on the other
-    object after that one's. The title says in how many cases it is so.
+    object after that one's. The line below says in how many cases it is so.
     """
     right = [k for k, case in enumerate(cases) if found["own"][k].on(case.target)[2]]
     follows = [k for k in right if found["other"][k].on(cases[k].other)[2]]

@@ -48,7 +48,7 @@ def writing(path: Path):
     """Turn an error of the disk into a UserError that says how to continue."""
     try:
         yield
-    except BrokenPipeError:  # of the terminal
+    except (BrokenPipeError, Timeout):  # of the terminal, of a lock
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not TORCH_SAVE.search(str(error)):
@@ -446,16 +446,17 @@ def print_table(results: dict, metrics: list[dict], out: Path) -> None:
     """Print the metrics of a run side by side, and how reward and IoU changed."""
     columns = {"giou": "gIoU", "ciou": "cIoU", "format": "format", "box": "box@0.5"}
     columns |= {"points": "points", "boxonly": "box only"}
-    print(f"\n{'':12}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
+    width = max(12, *(len(name) + 2 for name in results))
+    print(f"\n{'':{width}}{''.join(f'{title:>9}' for title in columns.values())}{'n':>7}")
     rows = sorted(results.items(), key=lambda item: item[0] == "ceiling")  # it is last
     for name, row in rows:
         cells = (f"{row[c]:9.3f}" if c in row else f"{'-':>9}" for c in columns)
-        print(f"{name:12}{''.join(cells)}{row['n']:7d}")
+        print(f"{name:{width}}{''.join(cells)}{row['n']:7d}")
     print("95 % intervals over the images:")
     for name, row in rows:
         if "giou_95" in row:  # runs of older versions have none
             spans = f"gIoU {intervals.span(row, 'giou')}, cIoU {intervals.span(row, 'ciou')}"
-            print(f"{name:12}{spans}")
+            print(f"{name:{width}}{spans}")
         if "against" in row:
             print(intervals.comparison(row["against"]))
     if "before" in results and "after" in results:

@@ -1,15 +1,16 @@
-"""examples/tour.ipynb: it is stored with its outputs, and runs from top to bottom."""
+"""examples/tour.ipynb: it is stored without outputs, and runs from top to bottom."""
 
 import base64
 import io
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from benchmarks import thoughts
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "tour.ipynb"
 SOLUTION = """
@@ -24,15 +25,12 @@ def printed(cell) -> str:
     return "".join(one["text"] for one in cell.outputs if one.get("name") == "stdout")
 
 
-def test_the_notebook_is_stored_as_it_ran():
-    assert NOTEBOOK.stat().st_size < 1_000_000
+def test_the_notebook_is_stored_without_outputs():
+    assert NOTEBOOK.stat().st_size < 100_000
     stored = json.loads(NOTEBOOK.read_text())
     assert stored["metadata"]["kernelspec"]["name"] == "python3"
-    cells = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    kinds = Counter(output["output_type"] for cell in cells for output in cell["outputs"])
-    assert kinds["error"] == 0 and kinds["display_data"] >= 5
-    assert "/home/" not in NOTEBOOK.read_text() and "/tmp/" not in NOTEBOOK.read_text()
+    for cell in stored["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
 @pytest.mark.slow
@@ -67,7 +65,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
         assert pixels.size > 9000 and pixels.std() > 10
     own, edited = (line.partition(":")[2].strip() for line in printed(edit).strip().split("\n"))
-    assert edited.startswith("<think>") and edited != own
+    case = next(one for one in thoughts.find_cases(20) if not one.shared)
+    forced = thoughts.thought(case.other, case.sample.image.size)
+    assert own.startswith("<think>") and edited.startswith(forced)
     for run in ("mask", "box"):
         assert (tmp_path / "runs" / run / "adapter" / "adapter_model.safetensors").is_file()
     assert sorted(NOTEBOOK.parent.glob("*.*")) == before  # it writes nothing beside itself

@@ -23,6 +23,7 @@ from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
 
 import reward
+from data import Shapes
 from plumbing import rewards
 from plumbing.errors import UserError
 from plumbing.rewards import ACCURACY, box_ious, segzero_reward, true_box
@@ -298,9 +299,18 @@ def predict(predictor, prompt):
 
 
 @pytest.mark.exercise_4
-def test_masks_and_counts_equal_those_of_sam_predictor(scenes, mixed, original_sam, scorer):
+@pytest.mark.parametrize("favourite", [0, 1, 2])  # of SAM's three masks for each prompt
+def test_masks_and_counts_equal_those_of_sam_predictor(
+    favourite, scenes, mixed, sam, original_sam, scorer, monkeypatch
+):
+    for model in (sam, original_sam):
+        last = model.mask_decoder.iou_prediction_head.layers[-1]
+        rated = last.bias.detach().clone()
+        rated[1 + favourite] += 10  # the first of the four is the mask for a single output
+        monkeypatch.setattr(last.bias, "data", rated)
     overlap = scorer.score(scenes, mixed, keep_masks=True)
     predictor = SamPredictor(original_sam)
+    chosen = set()
     for b, scene in enumerate(scenes):
         predictor.set_image(np.asarray(scene.image))
         for g, prompt in enumerate(mixed[b]):
@@ -310,15 +320,46 @@ def test_masks_and_counts_equal_those_of_sam_predictor(scenes, mixed, original_s
             if prompt == SamPrompt(None, ()):
                 assert not mask.any() and overlap.iou[b, g] == 0
                 continue
-            logits, _ = predict(predictor, prompt)
-            clear = np.abs(logits) > 1e-3  # closer to 0, rounding decides
+            logits, number = predict(predictor, prompt)
+            clear = np.abs(logits) > 1e-4  # closer to 0, rounding decides
             assert clear.mean() > 0.999
             same = mask == (logits > 0)
             assert same[clear].all(), f"the mask of {prompt} is not SamPredictor's"
             counted = True if scene.ignore is None else ~scene.ignore
             assert overlap.intersection[b, g] == (mask & scene.mask & counted).sum()
             assert overlap.union[b, g] == ((mask | scene.mask) & counted).sum()
+            chosen.add(number)
     assert overlap.iou.max() > 0.5  # so the masks are not arbitrary
+    assert chosen == {favourite}
+
+
+def test_the_tiny_sam_takes_its_prompt_literally(original_sam):
+    """So that the reward has a reason to ask for good boxes and points."""
+    predictor = SamPredictor(original_sam)
+    found = {"good": [], "shifted": [], "astray": []}
+    for index in range(24):
+        image, things, _, target = Shapes("heldout").scene(index)
+        thing = things[target]
+        good = interior_points(thing.mask)
+        x1, y1, x2, y2 = thing.box
+        shift = (x2 - x1) / 2
+        prompts = {
+            "good": SamPrompt(thing.box, good),
+            "shifted": SamPrompt((x1 + shift, y1, x2 + shift, y2), good),
+        }
+        background = ~np.any([member.mask for member in things], axis=0)
+        in_box = np.argwhere(background[y1:y2, x1:x2])
+        if len(in_box):
+            y, x = in_box[0] + (y1, x1)
+            prompts["astray"] = SamPrompt(thing.box, (good[0], (x, y)))
+        predictor.set_image(np.asarray(image))
+        for name, prompt in prompts.items():
+            mask = predict(predictor, prompt)[0] > 0
+            found[name].append((mask & thing.mask).sum() / (mask | thing.mask).sum())
+    iou = {name: np.mean(values) for name, values in found.items()}
+    assert iou["good"] > 0.88
+    assert iou["shifted"] < iou["good"] - 0.2
+    assert iou["astray"] < iou["good"] - 0.2
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 640), (1000, 1), (2000, 1333)])

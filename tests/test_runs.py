@@ -341,3 +341,11 @@ def test_the_table_of_a_run_is_printed(tmp_path, capsys):
 @pytest.mark.parametrize("module", [runs, settings])
 def test_docstring_examples(module):
     assert not doctest.testmod(module).failed
+
+
+def test_a_long_name_does_not_run_into_its_numbers(tmp_path, capsys):
+    row = {"giou": 0.5, "ciou": 0.25, "n": 7, "giou_95": [0.4, 0.6], "ciou_95": [0.2, 0.3]}
+    runs.print_table({"shapes-tiny-0": row, "ceiling": row}, [], tmp_path)
+    titles, *lines = capsys.readouterr().out.strip("\n").split("\n")
+    assert titles.index("gIoU") + 4 == lines[0].index("0.500") + 5 == lines[1].index("0.500") + 5
+    assert lines[3] == "shapes-tiny-0  gIoU 0.400 to 0.600, cIoU 0.200 to 0.300"

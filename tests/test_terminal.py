@@ -16,7 +16,12 @@ TRAIN = "train --steps 2 --prompts_per_step 2 --group_size 2 --eval_samples 4 --
 EVAL = "eval --limit 2 --out {tmp}/eval"
 SEGMENT = "segment --image {root}/assets/tiers.png --query star --out {tmp}/found.png"
 
-TABLE = [r" +gIoU +cIoU .*", r"(base|before|after|ceiling) +[\d. -]+"]
+TABLE = [
+    r" +gIoU +cIoU .*",
+    r"(base|before|after|ceiling) +[\d. -]+",
+    r"95 % intervals over the images:",
+    r"(base|before|after|ceiling) +gIoU [\d.]+ to [\d.]+, cIoU [\d.]+ to [\d.]+",
+]
 OWN_LINES = {
     TRAIN: [
         *TABLE,

@@ -518,12 +518,13 @@ def test_a_step_computes_nothing_twice(tmp_path, monkeypatch):
     run(f"train {flags} --epochs 2 --out", tmp_path / "run")
     assert counts["vision images"] == counts["SAM images"] == 3
     assert counts["decoder calls"] == counts["forms of prompts"] > 0
-    samples = Shapes("train")
+    samples = Shapes("train", size=3000)
     chosen = runs.indices(0, 3, len(samples), seed=0)
     prompts = load_vlm("tiny", "cpu", 64, "brief").read([samples[i] for i in chosen])
     sampled = round(12 * read_metrics(tmp_path / "run")[0]["length"])  # tokens
-    # 1 call for all prompts; 3 each for the reference, the old policy and two epochs.
-    decode_steps = counts["text calls"] - 1 - 4 * 3
+    # 1 call for all prompts; 3 each for the reference and two epochs. The only mini-batch needs no
+    # old log-probs.
+    decode_steps = counts["text calls"] - 1 - 3 * 3
     assert 0 < decode_steps < 48
-    packed = 4 * (int(prompts.mask.sum()) + sampled)
+    packed = 3 * (int(prompts.mask.sum()) + sampled)
     assert counts["tokens"] == prompts.ids.numel() + 12 * decode_steps + packed

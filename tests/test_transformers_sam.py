@@ -194,8 +194,8 @@ def test_masks_equal_those_of_the_models_own_processor(name, folder, scorer, pho
             best = ratings.argmax()
             mask = overlap.masks[b][g]
             assert mask.shape == sample.mask.shape
-            clear = logits[best].abs() > 1e-4  # closer to 0, rounding decides
-            assert clear.float().mean() > 0.8
+            clear = logits[best].abs() > 1e-5  # closer to 0, rounding decides
+            assert clear.float().mean() > 0.9
             assert torch.equal(mask[clear], logits[best][clear] > 0), (b, prompt)
             others = [not torch.equal(mask, logits[k] > 0) for k in range(3) if k != best]
             assert all(others), "the three masks differ, so the choice shows"
@@ -320,7 +320,7 @@ def test_the_older_file_of_the_preprocessor_is_read(name, folder, tmp_path):
         ("config.json", "missing", "use a hub name such as facebook/sam"),
         ("config.json", "another model", "it holds a qwen2_5_vl, not a sam"),
         ("model.safetensors", "another model", "it lacks"),
-        ("model.safetensors", "cut short", "fetch all files of the folder again"),
+        ("model.safetensors", "cut short", "model.safetensors is damaged or truncated"),
         ("model.safetensors", "not finite", "1 weights are not finite"),
         ("model.safetensors", "pointer", "model.safetensors is a git-lfs pointer"),
         ("processor_config.json", "another square", "preprocessor_config.json says 96 x 96"),

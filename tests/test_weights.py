@@ -18,7 +18,7 @@ from examples import trl_grpo
 from plumbing import runs, sam, weights
 from plumbing.errors import UserError
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
-from plumbing.vlm import load_adapter, load_vlm, vlm_path
+from plumbing.vlm import continue_adapter, load_adapter, load_vlm, vlm_path
 from tools import merge
 
 TINY = Path(vlm_path("tiny"))
@@ -327,8 +327,9 @@ def test_an_adapter_that_training_cannot_continue_is_refused(kind, tmp_path):
     config, message = NOT_CONTINUED[kind]
     with warnings.catch_warnings(action="ignore"):
         get_peft_model(open_tiny().model, config).save_pretrained(tmp_path)
+    model = samr1_mini.add_lora(open_tiny().model, rank=4, seed=0)
     with pytest.raises(UserError, match=f"--adapter .*{message}"):
-        samr1_mini.add_lora(open_tiny().model, rank=4, seed=0, adapter=str(tmp_path))
+        continue_adapter(model, str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
