@@ -4,7 +4,8 @@
 
 The copy has a NotImplementedError in place of the body of each function in EXERCISES. Signatures,
 docstrings, all other code and the tests of the exercises stay. `python -m assignment.next` says
-there which exercise comes next. Other code that shows a solution is left out.
+there which exercise comes next. Other code that shows a solution is left out. A command of
+samr1_mini.py that needs an unsolved exercise says so there, before it does anything else.
 """
 
 import argparse
@@ -22,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("assets", "plumbing", "tiny", "tools")
 FILES = """LICENSE .gitignore pyproject.toml requirements.txt constraints.txt TUTORIAL.md
     data.py reward.py grpo.py samr1_mini.py
-    assignment/__init__.py assignment/handout.py assignment/next.py assignment/two_answers.py
-    benchmarks/__init__.py benchmarks/sweep.py tests/conftest.py tests/requirements.txt""".split()
+    assignment/__init__.py assignment/handout.py assignment/next.py assignment/step.py
+    assignment/two_answers.py benchmarks/__init__.py benchmarks/sweep.py tests/conftest.py
+    tests/expected_step.json tests/requirements.txt""".split()
 # The files with the tests of the exercises.
 TESTS = ["tests/test_reward.py", "tests/test_grpo.py", "tests/test_exercises.py"]
 SHOWS_A_SOLUTION = {"plumbing/starts.py", "tools/demo.py"}  # of exercise 11; demo imports starts
@@ -46,7 +48,7 @@ EXERCISES = {
         "the two formats of an answer",
         5,
         "reward.py",
-        ["parse_answer"],
+        ["parse_answer", "read_object"],
         ["test_docstring_examples[reward.parse_answer]"],
     ),
     2: Exercise(
@@ -132,6 +134,8 @@ EXERCISES = {
         part=("# 1. Rollout", "# 5. Log"),
     ),
 }
+# What the commands of samr1_mini.py call.
+NEEDED = {"train": {*EXERCISES} - {6}, "eval": {1, 2, 3, 4, 10}, "segment": {1, 2, 3, 4, 5, 10}}
 BY_HAND = {14: ("a reward of your own", 8), 15: ("a variant of your own", 7)}  # title, points
 SCRIPTS = sorted({exercise.script for exercise in EXERCISES.values()})
 
@@ -150,6 +154,26 @@ def find_functions(nodes: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
             methods = find_functions(node.body)
             found |= {f"{node.name}.{name}": method for name, method in methods.items()}
     return found
+
+
+def is_solved(number: int) -> bool:
+    """Whether none of an exercise's functions raises its NotImplementedError any more."""
+    exercise = EXERCISES[number]
+    found = find_functions(ast.parse((ROOT / exercise.script).read_text("utf-8")).body)
+    bodies = [ast.unparse(found[name]) for name in exercise.functions if name in found]
+    return not any(f"exercise {number}: {exercise.title}" in body for body in bodies)
+
+
+def refuse_unsolved(argv: list[str]) -> None:
+    """Raise UserError if a command of samr1_mini.py needs an unsolved exercise. argv: its flags."""
+    if {"-h", "--help"} & {*argv}:
+        return
+    for number in sorted(NEEDED.get(argv[0], ()) if argv else ()):
+        if not is_solved(number):
+            raise UserError(
+                f"{argv[0]} needs exercise {number}, {EXERCISES[number].title}, which is not "
+                "solved yet: python -m assignment.next says which one comes next"
+            )
 
 
 def remove_solutions(script: str, numbers: Iterable[int] = EXERCISES) -> str:
@@ -180,6 +204,15 @@ def remove_solutions(script: str, numbers: Iterable[int] = EXERCISES) -> str:
     return "\n".join(line for line in lines if line is not None)
 
 
+def refuse_first(text: str) -> str:
+    """The text of samr1_mini.py, with a call of `refuse_unsolved` before that of its `main`."""
+    head, call, tail = text.rpartition("        main(sys.argv[1:])")
+    return (
+        f"{head}        from assignment.handout import refuse_unsolved\n\n"
+        f"        refuse_unsolved(sys.argv[1:])\n{call}{tail}"
+    )
+
+
 def handout_files() -> list[str]:
     """The files that a student gets, relative to the repository, but for the README."""
     paths = [*FILES, *TESTS]
@@ -203,7 +236,10 @@ def main(argv: list[str]) -> None:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, out / name)
     for script in SCRIPTS:
-        (out / script).write_text(remove_solutions(script), "utf-8")
+        text = remove_solutions(script)
+        if script == "samr1_mini.py":
+            text = refuse_first(text)
+        (out / script).write_text(text, "utf-8")
     shutil.copy(ROOT / README, out / "README.md")
     print(f"written to {out}: start with its README.md")
 

@@ -11,7 +11,8 @@ import io
 
 import pytest
 
-from assignment.handout import EXERCISES, ROOT, TESTS, find_functions
+from assignment.handout import EXERCISES, ROOT, SCRIPTS, TESTS, is_solved
+from plumbing.errors import UserError, exit_with_one_line
 
 
 class Collector:
@@ -35,22 +36,21 @@ class Collector:
                 self.passed[number] += 1
 
 
-def is_started(number: int) -> bool:
-    """Whether none of an exercise's functions raises its NotImplementedError any more."""
-    text = (ROOT / EXERCISES[number].script).read_text("utf-8")
-    found = find_functions(ast.parse(text).body)
-    bodies = [ast.unparse(found[name]) for name in EXERCISES[number].functions]
-    return not any(f"exercise {number}: {EXERCISES[number].title}" in body for body in bodies)
-
-
 def main() -> None:
+    for script in SCRIPTS:
+        try:
+            ast.parse((ROOT / script).read_text("utf-8"))
+        except SyntaxError as error:
+            line = (error.text or "").strip()
+            raise UserError(f"{script}, line {error.lineno}: {error.msg}: {line}") from error
     started = []
     for number in EXERCISES:
-        if not is_started(number):
+        if not is_solved(number):
             break
         started.append(number)
     collector = Collector()
     if started:
+        print(f"Testing the exercises up to {started[-1]} ...", flush=True)
         marks = " or ".join(f"exercise_{number}" for number in started)
         files = [str(ROOT / file) for file in TESTS]
         printed = io.StringIO()
@@ -76,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main()

@@ -52,7 +52,9 @@ def test_handout_is_the_repository_without_the_lecturers_files(student):
     assert {*SCRIPTS, *expected.split()} <= files
     assert not files & {"tests/test_assignment.py", grade.UNSEEN, *handout.SHOWS_A_SOLUTION}
     names = {file for file in files if file.startswith("assignment/")}
-    assert names == {f"assignment/{n}.py" for n in ("__init__", "handout", "next", "two_answers")}
+    assert names == {
+        f"assignment/{n}.py" for n in ("__init__", "handout", "next", "step", "two_answers")
+    }
     assert not [file for file in files if re.search(r"(^|/)(\.git|\.venv|runs|__pycache__)/", file)]
     for file in files - set(SCRIPTS):
         reference = handout.README if file == "README.md" else file
@@ -61,7 +63,9 @@ def test_handout_is_the_repository_without_the_lecturers_files(student):
 
 def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
     for script in SCRIPTS:
-        reference = ast.parse((ROOT / script).read_text())
+        text = (ROOT / script).read_text()
+        text = handout.refuse_first(text) if script == "samr1_mini.py" else text
+        reference = ast.parse(text)
         tree = ast.parse((student / script).read_text())
         assert ast.dump(reference) != ast.dump(tree)
         for number, exercise in EXERCISES.items():
@@ -74,10 +78,36 @@ def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
                     assert ast.unparse(function.body[1:]) == error
                 function.body = handout.find_functions(reference.body)[name].body
         assert ast.dump(reference) == ast.dump(tree)
-        lines = (ROOT / script).read_text().split("\n")
+        lines = text.split("\n")
         for line in (student / script).read_text().split("\n"):  # comments too, and in order
             if "raise NotImplementedError" not in line:
                 lines = lines[lines.index(line) + 1 :]
+
+
+def call(folder, *arguments):
+    """Run a program in a student's folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    line = [sys.executable, *arguments]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solved", [0, 1, 12])
+def test_a_command_that_needs_an_unsolved_exercise_says_so_and_writes_nothing(
+    solved, student, tmp_path
+):
+    folder = tmp_path / "student"
+    shutil.copytree(student, folder)
+    for script in SCRIPTS[1:]:  # the first one has exercise 6, which no command needs
+        text = handout.remove_solutions(script, range(solved + 1, max(EXERCISES) + 1))
+        text = handout.refuse_first(text) if script == "samr1_mini.py" else text
+        (folder / script).write_text(text)
+    before = sorted(folder.rglob("*"))
+    done = call(folder, "samr1_mini.py", "train", "--steps", "1")
+    named = f"samr1_mini.py: train needs exercise {solved + 1}, {EXERCISES[solved + 1].title},.*\n"
+    assert done.returncode == 2 and re.fullmatch(named, done.stderr), done.stderr
+    assert sorted(folder.rglob("*")) == before
+    assert call(folder, "samr1_mini.py", "train", "--help").returncode == 0
 
 
 def test_the_students_readme_names_no_command_that_students_lack(student):
@@ -149,11 +179,16 @@ def run_all(folder, runs, files):
 def messages(student, tmp_path_factory):
     """What the hand-out's tests say: a list of (name, message) each, "" for a test that passes.
 
-    "marked" and "others": while nothing is solved. N: those of exercise N, while the exercises 1 to
-    N are solved.
+    "marked" and "others": while nothing is solved. "last": those of the last exercise, which needs
+    all others, while they are solved. N: those of exercise N, while the exercises 1 to N are.
     """
     folder = tmp_path_factory.mktemp("reports")
-    runs = {"marked": (student, MARKED), "others": (student, f"not ({MARKED})")}
+    last = max(EXERCISES)
+    runs = {
+        "marked": (student, f"({MARKED}) and not exercise_{last}"),
+        "others": (student, f"not ({MARKED})"),
+        "last": (folder / str(last - 1), f"exercise_{last}"),
+    }
     for number in EXERCISES:
         tree = folder / str(number)
         shutil.copytree(student, tree, copy_function=os.link)
@@ -173,7 +208,7 @@ def messages(student, tmp_path_factory):
 @pytest.mark.slow
 def test_handout_fails_the_tests_of_every_exercise_and_no_others(messages):
     exercises = set()
-    for name, message in messages["marked"]:
+    for name, message in messages["marked"] + messages["last"]:
         # A marked test that reaches the code of another exercise first, or of none, would pass for
         # an untouched hand-out, because the grader fills in the other exercises. (conftest.py
         # skips a test that reaches another exercise than its own.)
