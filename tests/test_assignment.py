@@ -9,14 +9,21 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ET
 
 import pytest
+import torch
 from wrong_solutions import SOLUTIONS
 
-from assignment import grade, handout
+import grpo
+import reward
+from assignment import grade, handout, variants
 from assignment.handout import BY_HAND, EXERCISES, ROOT, SCRIPTS
+from assignment.two_answers import two_answers
+from data import Shapes
 from plumbing.errors import UserError
+from plumbing.settings import Settings
 
 
 def command(name, *arguments):
@@ -366,3 +373,93 @@ def test_invalid_arguments_name_the_mend(student, tmp_path):
     shutil.copy(ROOT / "tests" / "test_grpo.py", tmp_path)
     with pytest.raises(UserError, match=r"test_grpo.py is a visible test file: rename yours"):
         grade.main([str(student), "--hidden", str(tmp_path)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Reference solutions of the last two exercises
+# --------------------------------------------------------------------------------------------------
+
+
+def changed(name):
+    """The changed module of a variant. The module itself stays as it is."""
+    module = types.ModuleType(variants.VARIANTS[name].script)
+    exec(variants.changed_text(name), module.__dict__)
+    return module
+
+
+def test_our_own_reward_pays_as_the_worse_of_mask_and_box(scorer):
+    """The second answer has a good box only, the third a good mask only, the last two neither."""
+    right, wrong = two_answers()
+    no_box = right.replace("bbox", "no box")
+    texts = [[right, wrong, no_box, right.replace("[16, 23, 43, 49]", "[16, 23, 38, 49]"), "what?"]]
+    scenes = [Shapes("heldout")[0]]
+    ours, mask, box = (
+        module.score_completions(scorer, scenes, texts, extent=64, accuracy=accuracy).accuracy
+        for module, accuracy in (
+            (changed("own_reward"), "tiered"),
+            (reward, "tiered"),
+            (reward, "box"),
+        )
+    )
+    assert torch.equal(ours, torch.minimum(mask, box))
+    assert (box[0, 1], mask[0, 2]) == (4, 4) and ours[0, :3].tolist() == [4, mask[0, 1], 0]
+
+
+def published_variant(name, new, old, advantages, clip_low, clip_high):
+    """The loss of one group, from the papers' formulas, token by token. Completions: lists of
+    log-probs."""
+    total = 0
+    for logprobs, sampled, A in zip(new, old, advantages, strict=True):
+        ratios = [torch.exp(n - o) for n, o in zip(logprobs, sampled, strict=True)]
+        if name == "gspo":
+            ratio = torch.stack(ratios).prod() ** (1 / len(ratios))
+            total += torch.min(ratio * A, ratio.clip(1 - clip_low, 1 + clip_high) * A) / len(new)
+        elif name == "dr_grpo":
+            for ratio in ratios:
+                clipped = ratio.clip(1 - clip_low, 1 + clip_high)
+                total += torch.min(ratio * A, clipped * A) / len(new) / Settings().max_new_tokens
+        else:
+            tokens = sum(map(len, new))
+            for ratio, logprob in zip(ratios, logprobs, strict=True):
+                total += min(ratio.item(), 1 + clip_high) * A * logprob / tokens
+    return -total
+
+
+@pytest.mark.parametrize(
+    "name, clip, normalise",
+    [
+        ("dr_grpo", (0.2, 0.3), "token"),
+        ("gspo", (0.02, 0.03), "sequence"),
+        ("cispo", (0.2, 0.3), "token"),
+    ],
+)
+def test_loss_and_gradient_of_a_variant_equal_the_published_ones(name, clip, normalise):
+    module = changed(name)
+    B, G, T = 3, 4, 6
+    generator = torch.Generator().manual_seed(1)
+    new, old = -torch.rand(2, B, G, T, generator=generator, dtype=torch.float64)
+    new.requires_grad_()
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, G, 1), generator=generator)
+    advantages = torch.randn(B, G, generator=generator, dtype=torch.float64)
+    loss, statistics, _ = module.grpo_loss(
+        new, old, None, advantages, mask, beta=0.0, normalise=normalise
+    )
+    losses = []
+    for b in range(B):
+        rows = [[list(x[b, g][mask[b, g]]) for g in range(G)] for x in (new, old)]
+        losses.append(published_variant(name, *rows, advantages[b], *clip))
+    expected = sum(losses) / B
+    assert loss.item() == pytest.approx(expected.item())
+    assert torch.allclose(*(torch.autograd.grad(one, new)[0] for one in (loss, expected)))
+    assert statistics["clip_low"] > 0 and statistics["clip_high"] > 0  # both sides occur
+
+
+def test_the_advantages_of_dr_grpo_are_not_divided():
+    rewards = torch.tensor([[6.0, 2.0, 1.0, 3.0]])
+    assert changed("dr_grpo").group_advantages(rewards).tolist() == [[3, -1, -2, 0]]
+    assert grpo.group_advantages(rewards)[0, 0] != 3
+
+
+def test_a_variant_without_a_name_is_refused():
+    with pytest.raises(UserError, match="one of own_reward, dr_grpo"):
+        variants.main(["train"])

@@ -316,7 +316,7 @@ def test_all_files_of_an_adapter_have_one_mode(trained):
 # --------------------------------------------------------------------------------------------------
 
 PROGRAMS = "tools.report tools.merge tools.memory tools.demo tools.fetch tools.figures"
-PROGRAMS += " assignment.grade tiny.make_tiny examples.trl_grpo benchmarks.gpu_24gb"
+PROGRAMS += " assignment.grade assignment.next tiny.make_tiny examples.trl_grpo benchmarks.gpu_24gb"
 
 
 def start(*command: object, **options) -> subprocess.CompletedProcess:
