@@ -99,22 +99,30 @@ def call(folder, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solved", [0, 1, 12])
-def test_a_command_that_needs_an_unsolved_exercise_says_so_and_writes_nothing(
-    solved, student, tmp_path
-):
-    folder = tmp_path / "student"
-    shutil.copytree(student, folder)
-    for script in SCRIPTS[1:]:  # the first one has exercise 6, which no command needs
-        text = handout.remove_solutions(script, range(solved + 1, max(EXERCISES) + 1))
-        text = handout.refuse_first(text) if script == "samr1_mini.py" else text
-        (folder / script).write_text(text)
-    before = sorted(folder.rglob("*"))
-    done = call(folder, "samr1_mini.py", "train", "--steps", "1")
-    named = f"samr1_mini.py: train needs exercise {solved + 1}, {EXERCISES[solved + 1].title},.*\n"
+def test_a_command_that_needs_an_unsolved_exercise_says_so_and_writes_nothing(student):
+    before = sorted(student.rglob("*"))
+    done = call(student, "samr1_mini.py", "train", "--steps", "1")
+    named = f"samr1_mini.py: train needs exercise 1, {EXERCISES[1].title}, .*\n"
     assert done.returncode == 2 and re.fullmatch(named, done.stderr), done.stderr
-    assert sorted(folder.rglob("*")) == before
-    assert call(folder, "samr1_mini.py", "train", "--help").returncode == 0
+    assert sorted(student.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command, needed", handout.NEEDED.items())
+def test_the_first_exercise_that_a_command_needs_is_named(command, needed, tmp_path, monkeypatch):
+    (tmp_path / "assignment").mkdir()
+    for number in needed:
+        monkeypatch.setattr(handout, "ROOT", ROOT)
+        for script in SCRIPTS:
+            text = handout.remove_solutions(script, range(number, max(EXERCISES) + 1))
+            (tmp_path / script).write_text(text)
+        monkeypatch.setattr(handout, "ROOT", tmp_path)
+        with pytest.raises(UserError, match=f"^{command} needs exercise {number}, "):
+            handout.refuse_unsolved([command])
+        handout.refuse_unsolved([command, "--help"])
+        handout.refuse_unsolved([])
+    for script in SCRIPTS:
+        shutil.copy(ROOT / script, tmp_path / script)
+    handout.refuse_unsolved([command])
 
 
 def test_the_students_readme_names_no_command_that_students_lack(student):
