@@ -426,7 +426,7 @@ def group_logprobs(
     other completion. And the positions of each completion start again after the prompt.
 
     Only the completions' positions go through the lm_head, `chunk` at a time (default: as
-    LOGITS_AT_ONCE allows).
+    LOGITS_AT_ONCE allows), see `head_logprobs`.
 
     The model needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """

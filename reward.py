@@ -158,11 +158,13 @@ def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPro
 
     extent: the number that the policy writes for the far edge of the image: the side of the image
             it sees in policy pixels, or 1000 for thousandths.
-    The box is clipped to the image. A box or point that lies outside is dropped.
+    The box is clipped to the image. A box or point that lies outside is dropped; a point on the
+    edge is kept. `answer.others` are treated in the same way.
 
     >>> answer = Answer(True, True, (10, 10, 80, 32), ((20, 20), (70, 70)), "")
-    >>> sam_prompt(answer, extent=64, width=128, height=96)
-    SamPrompt(box=(20.0, 15.0, 128, 48.0), points=((40.0, 30.0),), others=())
+    >>> prompt = sam_prompt(answer, extent=64, width=128, height=96)
+    >>> prompt == SamPrompt(box=(20, 15, 128, 48), points=((40, 30),))
+    True
     """
     to_x = width / extent
     to_y = height / extent
@@ -237,7 +239,7 @@ def decode_masks(
     SAM embeds a prompt as two tensors: sparse (tokens of the box and the points) and dense (a map
     of a mask prompt; we give none, so it is the learned `no_mask` vector everywhere). `MaskDecoder`
     takes one image per call: it repeats that image's embedding for every prompt and adds the dense
-    embedding.
+    embedding. `MaskDecoder.predict_masks` returns all four masks.
     """
     # Only the sum counts. So pass zeros as the image embedding and add each image's embedding to
     # its prompt's dense embedding.

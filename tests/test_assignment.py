@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
+from other_solutions import BODIES
 from wrong_solutions import SOLUTIONS
 
 import grpo
@@ -266,18 +267,37 @@ def test_solutions_earn_what_their_row_says(student, tmp_path):
         assert points or remark.startswith("necessary: "), (name, remark)
 
 
-# --------------------------------------------------------------------------------------------------
-# The grader
-# --------------------------------------------------------------------------------------------------
-
-
 def solve(text, name, body):
     """The text of a student's script with `body` in place of the NotImplementedError of `name`."""
     lines = text.split("\n")
-    line = handout.find_functions(ast.parse(text).body)[name].end_lineno - 1
-    assert "NotImplementedError" in lines[line]
-    lines[line] = "\n".join(f"    {one}" for one in body.split("\n"))
+    function = handout.find_functions(ast.parse(text).body)[name]
+    inside = range(function.lineno, function.end_lineno)
+    (line,) = (k for k in inside if "raise NotImplementedError" in lines[k])
+    indent = lines[line].partition("raise")[0]
+    lines[line] = "\n".join(f"{indent}{one}" for one in body.strip("\n").split("\n"))
     return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_right_solutions_that_are_written_differently_earn_everything(student, tmp_path):
+    """They use each other: nothing of the reference is left in this hand-out."""
+    tree = tmp_path / "other"
+    shutil.copytree(student, tree)
+    shutil.copy(ROOT / grade.UNSEEN, tree / grade.UNSEEN)
+    for exercise in EXERCISES.values():
+        for name in exercise.functions:
+            script = tree / exercise.script
+            script.write_text(solve(script.read_text(), name, BODIES[name]))
+    runs = {str(number): (tree, f"exercise_{number}") for number in EXERCISES}
+    run_all(tmp_path, runs, [*grade.TESTS, grade.UNSEEN])
+    for number, exercise in EXERCISES.items():
+        cases = grade.read_report(tmp_path / f"{number}.xml")
+        assert grade.count_points(number, cases) == (exercise.points, "")
+
+
+# --------------------------------------------------------------------------------------------------
+# The grader
+# --------------------------------------------------------------------------------------------------
 
 
 def test_grader_takes_bodies_and_new_functions_only():
