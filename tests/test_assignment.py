@@ -58,7 +58,8 @@ def test_handout_is_the_repository_without_the_lecturers_files(student):
     expected = "data.py README.md LICENSE requirements.txt tests/conftest.py tests/test_grpo.py"
     expected += " tiny/sam.safetensors plumbing/answers.py tools/merge.py"
     assert {*SCRIPTS, *expected.split()} <= files
-    assert not files & {"tests/test_assignment.py", grade.UNSEEN, *handout.SHOWS_A_SOLUTION}
+    secret = {f"tests/{name}.py" for name in ("test_assignment", "other_solutions")}
+    assert not files & {*secret, grade.UNSEEN, *handout.SHOWS_A_SOLUTION}
     names = {file for file in files if file.startswith("assignment/")}
     assert names == {
         f"assignment/{n}.py" for n in ("__init__", "handout", "next", "step", "two_answers")

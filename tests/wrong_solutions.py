@@ -22,6 +22,7 @@ SOLUTIONS = {
         "head_logprobs(vlm.lm_head, part, tokens, 1.0, banned)",
         0,
     ),
+    "another reward in the step": (13, "            accuracy=s.accuracy,\n", "", 0),
     "the visible shapes only": (
         7,
         RESULT,
