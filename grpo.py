@@ -115,8 +115,8 @@ def grpo_loss(
     >>> loss, statistics, side = grpo_loss(new, old, None, advantages, mask, beta=0.0)
     >>> loss  # -(1.3 - 0.9 - 1.0 - 1.1) / 4
     tensor(0.4250)
-    >>> statistics["clip_high"]
-    tensor(0.2500)
+    >>> statistics["clip_high"].item()
+    0.25
     >>> grpo_loss(new, old, None, advantages, mask, beta=0.0, normalise="sequence")[0]
     tensor(-0.1500)
     """
@@ -263,6 +263,9 @@ def rollout(
     end:     (E,) tokens that end a completion.
     banned:  tokens that are never sampled.
     decoder: the class that computes one step, see `Decoder`.
+
+    It ends when every completion has ended: T is at most max_new_tokens, often less. What stands in
+    ids after the end of a completion does not matter.
 
     Let 9 be the end. If row 1 samples tokens 5, 9 and row 2 samples 7, 7, 7, then ids are
     [[5, 9, any], [7, 7, 7]] and mask is [[1, 1, 0], [1, 1, 1]].
@@ -419,7 +422,8 @@ def group_logprobs(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies of all completions, (B, G, T) each, 0 on padding.
+    """Log-probs and entropies of all completions, (B, G, T) each, 0 on padding. Only the log-probs
+    have a gradient.
 
     Each prompt is computed once, in one packed row with its G completions. Two things make the row
     equal to G separate ones. The attention mask lets a completion see the prompt and itself, but no

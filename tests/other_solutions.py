@@ -84,8 +84,8 @@ return 2.0 * (iou > 0.5) + 1.0 * (iou > 0.7) + 1.0 * (iou > 0.8)
 """,
     "two_answers": """
 text = "<think>red is behind</think><answer>"
-text += '{"points_1": [%d, 24], "points_2": [%d, 48], "bbox": [16, 23, 43, 49]}</answer>'
-return text % (18, 18), text % (29, 29)
+text += '{"points_1": [%d, %d], "points_2": [%d, %d], "bbox": [16, 23, 43, 49]}</answer>'
+return text % (19, 25, 40, 46), text % (25, 36, 34, 36)
 """,
     "group_advantages": """
 deviation = rewards - rewards.mean(dim=-1, keepdim=True)
@@ -141,11 +141,12 @@ for t in range(max_new_tokens):
     ids[:, t] = choose_token(logits, temperature, generator)
     ends = (ids[:, t, None] == end).any(1) & (length == max_new_tokens)
     length[ends] = t + 1
-    if t + 1 < max_new_tokens:
-        logits = decode.step(ids[:, t])
-mask = torch.arange(max_new_tokens, device=vlm.device) < length[:, None]
-shape = (-1, G, max_new_tokens)
-return Completions(ids.view(shape).cpu(), mask.view(shape).cpu())
+    if t + 1 == max_new_tokens or (length <= t + 1).all():
+        break
+    logits = decode.step(ids[:, t])
+T = int(length.max())
+mask = torch.arange(T, device=vlm.device) < length[:, None]
+return Completions(ids[:, :T].view(-1, G, T).cpu(), mask.view(-1, G, T).cpu())
 """,
     "pack": """
 B, G, _ = completions.ids.shape
@@ -206,7 +207,7 @@ for start in range(0, len(packed.targets), chunk):
     parts.append(torch.stack(pair))
 both = torch.cat(parts, 1)
 logprobs, entropies = (result[k].index_put(where, both[k]) for k in (0, 1))
-return logprobs, entropies
+return logprobs, entropies.detach()
 """,
     "train": """
 chosen = runs.indices(step, s.prompts_per_step, len(samples), s.seed)
