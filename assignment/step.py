@@ -41,7 +41,8 @@ def seeded_rollout():
 def two_steps(out: Path) -> dict[str, list[float]]:
     """Train for two steps on a CPU, and return the metrics of each. out: a new folder."""
     torch.set_num_threads(1)  # the number of threads changes the rounding
-    with mock.patch.object(samr1_mini, "rollout", seeded_rollout()):
+    rollout = mock.patch.object(samr1_mini, "rollout", seeded_rollout())
+    with rollout, mock.patch.object(samr1_mini, "log_samples"):  # pictures take a second each
         samr1_mini.main(["train", *FLAGS.split(), "--device", "cpu", "--out", str(out)])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {name: [row[name] for row in rows] for name in METRICS}
