@@ -51,10 +51,11 @@ from plumbing.vlm import Prompts, base
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
-    """A_i = (r_i - mean) / (std + eps) within each group. rewards: (..., G) -> (..., G).
+    """How much better than its group each completion is. rewards: (..., G) -> (..., G), G >= 2.
 
-    The mean of the group is the baseline, so no critic is needed. G is at least 2. If all rewards
-    of a group are equal, its advantages are exactly 0.
+    The distance of a reward from the mean of its group, in standard deviations of the group (here
+    the unbiased one, see 2. above), with eps added to the standard deviation. So no critic is
+    needed. If all rewards of a group are equal, its advantages are 0.
 
     >>> group_advantages(torch.tensor([[6.0, 2.0, 2.0, 0.0], [3.0, 3.0, 3.0, 3.0]]))
     tensor([[ 1.3907, -0.1987, -0.1987, -0.9934],
@@ -68,10 +69,11 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
 
 
 def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference): q - log q - 1 with q = reference / policy.
+    """Per-token estimate of KL(policy || reference), from log-probs of tokens. Of any shape.
 
-    For tokens that the policy sampled this estimate, called k3, is unbiased. It is never negative,
-    and has less variance than -log q (Schulman, "Approximating KL divergence", 2020).
+    The estimator k3 of Schulman, "Approximating KL divergence", 2020. For tokens that the policy
+    sampled it is unbiased. It is never negative, and has less variance than the difference of the
+    two log-probs. With gradient.
 
     >>> k3_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.25]).log())
     tensor([0.0000, 0.1931])
@@ -113,8 +115,8 @@ def grpo_loss(
     >>> loss, statistics, side = grpo_loss(new, old, None, advantages, mask, beta=0.0)
     >>> loss  # -(1.3 - 0.9 - 1.0 - 1.1) / 4
     tensor(0.4250)
-    >>> statistics["clip_high"]
-    tensor(0.2500)
+    >>> statistics["clip_high"].item()
+    0.25
     >>> grpo_loss(new, old, None, advantages, mask, beta=0.0, normalise="sequence")[0]
     tensor(-0.1500)
     """
@@ -146,16 +148,14 @@ def grpo_loss(
 def clip_side(
     ratio: torch.Tensor, advantages: torch.Tensor, eps_low: float = 0.2, eps_high: float = 0.3
 ) -> torch.Tensor:
-    """Which tokens get no gradient because of the clip: -1 below, 1 above, 0 not clipped.
-
-    A token with a positive advantage gets no gradient once its ratio exceeds 1 + eps_high, and one
-    with a negative advantage none once its ratio is below 1 - eps_low. In the two other cases (a
-    bad token has become more likely, a good one less likely) the minimum takes the term that is not
-    clipped, so the gradient still pulls the ratio back. The arguments are broadcast.
+    """Which tokens get no gradient because of the clip: 1 if the ratio is above the range, -1 if it
+    is below, and 0 for every token with a gradient. int32; the arguments are broadcast.
 
     >>> clip_side(torch.tensor([0.7, 1.4, 0.7, 1.4]), torch.tensor([1.0, 1.0, -1.0, -1.0]))
     tensor([ 0,  1, -1,  0], dtype=torch.int32)
     """
+    # In the two other cases (a bad token has become more likely, a good one less likely) the
+    # minimum takes the term that is not clipped, so the gradient still pulls the ratio back.
     above = (ratio > 1 + eps_high) & (advantages > 0)
     below = (ratio < 1 - eps_low) & (advantages < 0)
     return above.int() - below.int()
@@ -263,6 +263,9 @@ def rollout(
     end:     (E,) tokens that end a completion.
     banned:  tokens that are never sampled.
     decoder: the class that computes one step, see `Decoder`.
+
+    It ends when every completion has ended: T is at most max_new_tokens, often less. What stands in
+    ids after the end of a completion does not matter.
 
     Let 9 be the end. If row 1 samples tokens 5, 9 and row 2 samples 7, 7, 7, then ids are
     [[5, 9, any], [7, 7, 7]] and mask is [[1, 1, 0], [1, 1, 1]].
@@ -419,14 +422,15 @@ def group_logprobs(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies of all completions, (B, G, T) each, 0 on padding.
+    """Log-probs and entropies of all completions, (B, G, T) each, 0 on padding. Only the log-probs
+    have a gradient.
 
     Each prompt is computed once, in one packed row with its G completions. Two things make the row
     equal to G separate ones. The attention mask lets a completion see the prompt and itself, but no
     other completion. And the positions of each completion start again after the prompt.
 
     Only the completions' positions go through the lm_head, `chunk` at a time (default: as
-    LOGITS_AT_ONCE allows).
+    LOGITS_AT_ONCE allows), see `head_logprobs`.
 
     The model needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """

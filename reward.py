@@ -37,7 +37,7 @@ from PIL import Image
 from segment_anything.modeling import PromptEncoder, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from plumbing.answers import read_objects
+from plumbing.answers import answer_keys, find_objects, numbers
 from plumbing.devices import half_precision, to_device
 from plumbing.rewards import box_ious
 from plumbing.sam import load_weights, restore_weights
@@ -70,7 +70,7 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     0..1 are valid too: they are read in the unit that the prompt asks for, so such a box is smaller
     than a pixel, and the accuracy reward judges it. What is clear but not in the right form, such
     as JSON within prose, gives a box and points, but earns no answer format
-    (`plumbing.answers.read_objects`).
+    (`plumbing.answers.find_objects`).
 
     style: of the prompt. "segzero" and "visionreasoner" are read as these systems' evaluations read
            them. The answer of the latter is a list of objects with one point each. All must be
@@ -97,14 +97,47 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     only_blocks = not (outside + before + after).strip()
     think_format = bool(thought.strip()) and answered and only_blocks
 
-    objects, asked_form = read_objects(inside, style, text, loosely=answered)
-    complete = [box is not None and None not in points for box, points in objects]
-    answer_format = asked_form and any(complete) and all(complete)  # all([]) is True
-    found = [(box, tuple(point for point in points if point)) for box, points in objects]
+    items, asked_form = find_objects(inside, style, text, loosely=answered)
+    objects = [read_object(item, style) for item in items]
+    valid = [one.asked_form and one.box is not None and None not in one.points for one in objects]
+    answer_format = asked_form and any(valid) and all(valid)  # all([]) is True
+    found = [(one.box, tuple(point for point in one.points if point)) for one in objects]
     found = [(box, points) for box, points in found if box or points]
     (box, points), *others = found or [(None, ())]
     # The first object is the answer. There are others for "visionreasoner" only.
     return Answer(think_format, answer_format, box, points, thought.strip(), tuple(others))
+
+
+class AnsweredObject(NamedTuple):
+    """One object of an answer."""
+
+    box: tuple[float, ...] | None  # None if it is missing or invalid
+    points: list[tuple[float, ...] | None]  # as many as the prompt asks for
+    asked_form: bool  # the box and the points are lists of numbers
+
+
+def read_object(item: dict, style: str) -> AnsweredObject:
+    """The box and the points of one object of an answer, each of them valid or None.
+
+    A box is valid if it is four finite numbers with x1 < x2 and y1 < y2: SAM would draw a plausible
+    mask of swapped corners. A tuple, or a list in a list, is read too, but it is not the form that
+    the prompt asks for. style: of the prompt. With "segzero" numbers may stand in quotes.
+
+    >>> read_object({"bbox": [1, 2, 5, 6], "points_1": [3, 4], "points_2": (3, 4)}, "full")
+    AnsweredObject(box=(1.0, 2.0, 5.0, 6.0), points=[(3.0, 4.0), (3.0, 4.0)], asked_form=False)
+    >>> read_object({"bbox": [5, 2, 1, 6], "points_1": [3, 4], "points_2": [3]}, "full")
+    AnsweredObject(box=None, points=[(3.0, 4.0), None], asked_form=False)
+    """
+    quoted = style == "segzero"
+    values = [item.get(key) for key in answer_keys(item, style)]
+    box = numbers(values[0], count=4, quoted=quoted)
+    if box and not (box[0] < box[2] and box[1] < box[3]):
+        box = None
+    return AnsweredObject(
+        box=box,
+        points=[numbers(point, count=2, quoted=quoted) for point in values[1:]],
+        asked_form=all(isinstance(value, list) and len(value) > 1 for value in values),
+    )
 
 
 class SamPrompt(NamedTuple):
@@ -125,11 +158,13 @@ def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPro
 
     extent: the number that the policy writes for the far edge of the image: the side of the image
             it sees in policy pixels, or 1000 for thousandths.
-    The box is clipped to the image. A box or point that lies outside is dropped.
+    The box is clipped to the image. A box or point that lies outside is dropped; a point on the
+    edge is kept. `answer.others` are treated in the same way.
 
     >>> answer = Answer(True, True, (10, 10, 80, 32), ((20, 20), (70, 70)), "")
-    >>> sam_prompt(answer, extent=64, width=128, height=96)
-    SamPrompt(box=(20.0, 15.0, 128, 48.0), points=((40.0, 30.0),), others=())
+    >>> prompt = sam_prompt(answer, extent=64, width=128, height=96)
+    >>> prompt == SamPrompt(box=(20, 15, 128, 48), points=((40, 30),))
+    True
     """
     to_x = width / extent
     to_y = height / extent
@@ -204,9 +239,10 @@ def decode_masks(
     SAM embeds a prompt as two tensors: sparse (tokens of the box and the points) and dense (a map
     of a mask prompt; we give none, so it is the learned `no_mask` vector everywhere). `MaskDecoder`
     takes one image per call: it repeats that image's embedding for every prompt and adds the dense
-    embedding. Only the sum counts. So pass zeros as the image embedding and add each image's
-    embedding to its prompt's dense embedding.
+    embedding. `MaskDecoder.predict_masks` returns all four masks.
     """
+    # Only the sum counts. So pass zeros as the image embedding and add each image's embedding to
+    # its prompt's dense embedding.
     no_mask = sam.prompt_encoder.no_mask_embed.weight[:, :, None, None]  # (1, C, 1, 1)
     return sam.mask_decoder.predict_masks(
         image_embeddings=embeddings.new_zeros(1, *embeddings.shape[1:]),

@@ -7,10 +7,12 @@ functions of that exercise (`handout.EXERCISES`) and the functions that the stud
 script. So one mistake does not fail the other exercises, and changes of other functions or of
 tests have no effect.
 
-The tests of an exercise are those marked exercise_N here and in TESTS (files named test_*.py that
-use the same marks and fixtures). A student gets the share of the points that equals the share of
-passed tests, rounded down. A skipped test does not count as passed. If not all tests have run,
-because of the time limit or because the process ended, none counts.
+The tests of an exercise are those marked exercise_N here, those of UNSEEN, which students do not
+have, and yours in TESTS (files named test_*.py that use the same marks and fixtures). If one of the
+exercise's necessary tests fails, it earns nothing. Else it earns the share of its points that
+equals the share of the other tests that pass, rounded down. A skipped test does not count as
+passed. If not all tests have run, because of the time limit or because the process ended, none
+counts.
 
 The output is a table, followed by the same results as one line of JSON. Grade this repository
 itself first: this shows whether the hidden tests are correct.
@@ -35,10 +37,18 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from symtable import symtable
 
-from assignment.handout import EXERCISES, ROOT, SCRIPTS, find_functions, handout_files
+from assignment.handout import (
+    BY_HAND,
+    EXERCISES,
+    ROOT,
+    SCRIPTS,
+    TESTS,
+    find_functions,
+    handout_files,
+)
 from plumbing.errors import UserError, exit_with_one_line
 
-TESTS = ["tests/test_reward.py", "tests/test_grpo.py"]  # the files with marked tests
+UNSEEN = "tests/test_unseen.py"  # marked tests that students do not have
 # What a test process inherits: none of the lecturer's tokens.
 INHERITED = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "TEMP", "SYSTEMROOT")
 
@@ -90,10 +100,44 @@ def insert_solution(reference: str, student: str, names: list[str]) -> str:
     return ast.unparse(tree)
 
 
-def run_tests(tree: Path, number: int, files: list[str], limit: float) -> tuple[int, int, str]:
+def read_report(report: Path) -> dict[str, str]:
+    """The tests of a junit report: name -> "" if it passed, else the message."""
+    cases = {}
+    for case in ET.parse(report).iter("testcase"):
+        problems = [part for part in case if part.tag in ("failure", "error", "skipped")]
+        message = " ".join(problems[0].get("message", "").split()) if problems else ""
+        cases[case.get("name")] = message or "failed" * bool(problems)
+    return cases
+
+
+def count_points(number: int, cases: dict[str, str]) -> tuple[int, str]:
+    """The points of an exercise, and what failed. cases: of `read_report`.
+
+    >>> cases = {"test_iou_must_exceed_a_threshold[tiered]": "", "test_of_mine": "assert 1 == 2"}
+    >>> count_points(5, cases | {"test_another": ""})
+    (1, 'test_of_mine: assert 1 == 2')
+    >>> count_points(5, {"test_iou_must_exceed_a_threshold[tiered]": "wrong", "test_of_mine": ""})
+    (0, 'necessary: test_iou_must_exceed_a_threshold[tiered]: wrong')
+    """
+    exercise = EXERCISES[number]
+    necessary = {n for n in cases if {n, n.partition("[")[0]} & set(exercise.necessary)}
+    failed = sorted((n for n in cases if cases[n]), key=lambda n: n not in necessary)
+    if not failed:
+        return (exercise.points if cases else 0), ""
+    name = re.sub(r"\[.{30,}", "", failed[0])  # without long parameters
+    remark = f"{name}: {cases[failed[0]]}"
+    if failed[0] in necessary:
+        return 0, f"necessary: {remark}"[:120]
+    others = len(cases) - len(necessary)
+    return exercise.points * (others - len(failed)) // others, remark[:120]
+
+
+def run_tests(
+    tree: Path, number: int, files: list[str], limit: float
+) -> tuple[dict[str, str], str]:
     """Run the tests of an exercise in `tree`, for at most `limit` seconds.
 
-    Returns the number of passed tests, the number of tests (0 if not all have run), and a remark.
+    Returns `read_report`'s tests, none if not all have run, and why that is so.
     """
     (tree / "pytest.ini").write_text("[pytest]\n")  # else pytest searches the parent folders
     (tree / "finished_plugin.py").write_text(PLUGIN)
@@ -122,16 +166,8 @@ def run_tests(tree: Path, number: int, files: list[str], limit: float) -> tuple[
         process.wait()
     report = tree / "report.xml"
     if not (report.is_file() and (tree / "finished").is_file()):
-        return 0, 0, remark
-
-    cases = list(ET.parse(report).iter("testcase"))
-    problems = {"failure", "error", "skipped"}
-    failed = [case for case in cases if problems & {part.tag for part in case}]
-    if not failed:
-        return len(cases), len(cases), ""
-    name = re.sub(r"\[.{30,}", "", failed[0].get("name"))  # without long parameters
-    message = " ".join(failed[0][0].get("message", "").split())
-    return len(cases) - len(failed), len(cases), f"{name}: {message}"[:120]
+        return {}, remark
+    return read_report(report), ""
 
 
 def grade_exercise(folder: Path, number: int, hidden: list[Path], limit: float) -> dict:
@@ -141,28 +177,29 @@ def grade_exercise(folder: Path, number: int, hidden: list[Path], limit: float) 
     and remark.
     """
     exercise = EXERCISES[number]
-    passed, tests = 0, 0
+    cases = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         tree = Path(temporary)
-        for file in handout_files():
+        for file in [*handout_files(), UNSEEN]:
             (tree / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, tree / file)
         for file in hidden:
             shutil.copy(file, tree / "tests")
-        files = [*TESTS, *(f"tests/{file.name}" for file in hidden)]
+        files = [*TESTS, UNSEEN, *(f"tests/{file.name}" for file in hidden)]
         try:
             reference = (ROOT / exercise.script).read_text("utf-8")
             student = (folder / exercise.script).read_text("utf-8")
             solved = insert_solution(reference, student, exercise.functions)
             (tree / exercise.script).write_text(solved, "utf-8")
-            passed, tests, remark = run_tests(tree, number, files, limit)
+            cases, remark = run_tests(tree, number, files, limit)
         except SyntaxError as error:
             remark = f"syntax error: {error.msg}: {(error.text or '').strip()[:60]}"
         except (OSError, ValueError) as error:  # ValueError: also invalid UTF-8
             remark = " ".join(str(error).split())
-    points = exercise.points * passed // max(tests, 1)
-    row = {"exercise": number, "title": exercise.title, "passed": passed, "tests": tests}
-    return row | {"points": points, "of": exercise.points, "remark": remark}
+    points, failed = count_points(number, cases)
+    passed = list(cases.values()).count("")
+    row = {"exercise": number, "title": exercise.title, "passed": passed, "tests": len(cases)}
+    return row | {"points": points, "of": exercise.points, "remark": remark or failed}
 
 
 def main(argv: list[str]) -> None:
@@ -197,7 +234,8 @@ def main(argv: list[str]) -> None:
         print(line.rstrip(), flush=True)
     points = sum(row["points"] for row in rows)
     full = sum(row["of"] for row in rows)
-    print(f"{points} of {full} points")
+    by_hand = ", ".join(f"{n} ({title}, {of})" for n, (title, of) in BY_HAND.items())
+    print(f"{points} of {full} points; to grade by hand: {by_hand}")
     print(json.dumps({"folder": str(s.folder), "points": points, "of": full, "exercises": rows}))
 
 

@@ -3,8 +3,9 @@
     python -m assignment.handout OUT
 
 The copy has a NotImplementedError in place of the body of each function in EXERCISES. Signatures,
-docstrings, all other code and the tests stay. `python -m pytest -rs -m exercise_5 tests` runs the
-tests of one exercise.
+docstrings, all other code and the tests of the exercises stay. `python -m assignment.next` says
+there which exercise comes next. Other code that shows a solution is left out. A command of
+samr1_mini.py that needs an unsolved exercise says so there, before it does anything else.
 """
 
 import argparse
@@ -19,8 +20,16 @@ from typing import NamedTuple
 from plumbing.errors import UserError, exit_with_one_line
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".ci", "assets", "benchmarks", "examples", "plumbing", "tests", "tiny", "tools")
-LECTURER_FILES = {"tests/test_assignment.py", "tests/test_tutorial.py"}
+FOLDERS = ("assets", "plumbing", "tiny", "tools")
+FILES = """LICENSE .gitignore pyproject.toml requirements.txt constraints.txt TUTORIAL.md
+    data.py reward.py grpo.py samr1_mini.py
+    assignment/__init__.py assignment/handout.py assignment/next.py assignment/step.py
+    assignment/two_answers.py benchmarks/__init__.py benchmarks/sweep.py tests/conftest.py
+    tests/expected_step.json tests/requirements.txt""".split()
+# The files with the tests of the exercises.
+TESTS = ["tests/test_reward.py", "tests/test_grpo.py", "tests/test_exercises.py"]
+SHOWS_A_SOLUTION = {"tools/starts.py", "tools/demo.py"}  # of exercise 11; demo imports starts
+README = "assignment/STUDENT.md"  # becomes the README of the copy
 
 
 class Exercise(NamedTuple):
@@ -28,21 +37,106 @@ class Exercise(NamedTuple):
     points: int
     script: str  # the file with the functions
     functions: list[str]  # "parse_answer" or "Overlap.iou"; each has a docstring
+    necessary: list[str]  # if one of these tests fails, no points; the others share the points
+    part: tuple[str, str] | None = None  # cut only from the first of these comments to the second
+    examples: bool = True  # the docstring's examples are tests of the exercise
 
 
 # In the order in which students do them. The tests of exercise 1 have the mark exercise_1.
 EXERCISES = {
-    1: Exercise("an answer and its two formats", 10, "reward.py", ["parse_answer"]),
-    2: Exercise("pixels and IoU", 10, "reward.py", ["intersection_and_union", "Overlap.iou"]),
-    3: Exercise("prompts on many images in one call", 10, "reward.py", ["decode_masks"]),
-    4: Exercise("the tiers", 5, "reward.py", ["tiered_reward"]),
-    5: Exercise("advantages within a group", 5, "grpo.py", ["group_advantages"]),
-    6: Exercise("the KL estimate", 5, "grpo.py", ["k3_kl"]),
-    7: Exercise("the clipped token-level loss", 15, "grpo.py", ["grpo_loss"]),
-    8: Exercise("the sampling loop", 15, "grpo.py", ["rollout"]),
-    9: Exercise("a packed row and its attention mask", 10, "grpo.py", ["pack", "may_attend"]),
-    10: Exercise("log-probs with a shared prompt", 15, "grpo.py", ["group_logprobs"]),
+    1: Exercise(
+        "the two formats of an answer",
+        5,
+        "reward.py",
+        ["parse_answer", "read_object"],
+        ["test_docstring_examples[reward.parse_answer]"],
+    ),
+    2: Exercise(
+        "from policy pixels to image pixels",
+        5,
+        "reward.py",
+        ["sam_prompt"],
+        ["test_coordinates_are_scaled_once_and_each_axis_by_its_own_factor"],
+    ),
+    3: Exercise(
+        "pixels and IoU",
+        6,
+        "reward.py",
+        ["intersection_and_union", "Overlap.iou"],
+        ["test_ignored_pixels_count_neither_as_right_nor_as_wrong"],
+    ),
+    4: Exercise(
+        "prompts on many images in one call",
+        8,
+        "reward.py",
+        ["decode_masks"],
+        ["test_decoding_together_equals_decoding_one_by_one"],
+    ),
+    5: Exercise(
+        "the tiers", 2, "reward.py", ["tiered_reward"], ["test_iou_must_exceed_a_threshold"]
+    ),
+    6: Exercise(
+        "the paper's idea",
+        6,
+        "assignment/two_answers.py",
+        ["two_answers"],
+        ["test_a_box_reward_cannot_tell_the_two_answers_apart_and_a_mask_reward_can"],
+    ),
+    7: Exercise(
+        "advantages within a group",
+        5,
+        "grpo.py",
+        ["group_advantages"],
+        ["test_advantages_by_hand", "test_advantages_of_any_shape"],
+        examples=False,  # they show the unbiased standard deviation; the other one is right too
+    ),
+    8: Exercise("the KL estimate", 5, "grpo.py", ["k3_kl"], ["test_k3_and_its_gradient_by_hand"]),
+    9: Exercise(
+        "the clipped token-level loss",
+        10,
+        "grpo.py",
+        ["grpo_loss", "clip_side"],
+        ["test_loss_and_statistics_by_hand", "test_all_four_cases_of_the_clip"],
+    ),
+    10: Exercise(
+        "the sampling loop",
+        10,
+        "grpo.py",
+        ["rollout"],
+        [
+            "test_first_end_token_ends_a_completion_and_changes_no_other",
+            "test_banned_tokens_are_never_sampled[1.0-0.0]",
+        ],
+    ),
+    11: Exercise(
+        "a packed row and its attention mask",
+        8,
+        "grpo.py",
+        ["pack", "may_attend"],
+        [
+            "test_packed_rows_by_hand",
+            "test_tokens_attend_to_the_prompt_and_their_own_completion",
+        ],
+    ),
+    12: Exercise(
+        "log-probs with a shared prompt",
+        10,
+        "grpo.py",
+        ["group_logprobs"],
+        ["test_logprobs_and_gradients_equal_those_of_separate_rows"],
+    ),
+    13: Exercise(
+        "one step of training",
+        5,
+        "samr1_mini.py",
+        ["train"],
+        ["test_the_metrics_of_two_steps_equal_those_of_the_reference"],
+        part=("# 1. Rollout", "# 5. Log"),
+    ),
 }
+# What the commands of samr1_mini.py call.
+NEEDED = {"train": {*EXERCISES} - {6}, "eval": {1, 2, 3, 4, 10}, "segment": {1, 2, 3, 4, 5, 10}}
+BY_HAND = {14: ("a reward of your own", 8), 15: ("a variant of your own", 7)}  # title, points
 SCRIPTS = sorted({exercise.script for exercise in EXERCISES.values()})
 
 
@@ -62,6 +156,26 @@ def find_functions(nodes: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
     return found
 
 
+def is_solved(number: int) -> bool:
+    """Whether none of an exercise's functions raises its NotImplementedError any more."""
+    exercise = EXERCISES[number]
+    found = find_functions(ast.parse((ROOT / exercise.script).read_text("utf-8")).body)
+    bodies = [ast.unparse(found[name]) for name in exercise.functions if name in found]
+    return not any(f"exercise {number}: {exercise.title}" in body for body in bodies)
+
+
+def refuse_unsolved(argv: list[str]) -> None:
+    """Raise UserError if a command of samr1_mini.py needs an unsolved exercise. argv: its flags."""
+    if {"-h", "--help"} & {*argv}:
+        return
+    for number in sorted(NEEDED.get(argv[0], ()) if argv else ()):
+        if not is_solved(number):
+            raise UserError(
+                f"{argv[0]} needs exercise {number}, {EXERCISES[number].title}, which is not "
+                "solved yet: python -m assignment.next says which one comes next"
+            )
+
+
 def remove_solutions(script: str, numbers: Iterable[int] = EXERCISES) -> str:
     """The text of a script of this repository without the solutions of these exercises."""
     text = (ROOT / script).read_text("utf-8")
@@ -71,21 +185,42 @@ def remove_solutions(script: str, numbers: Iterable[int] = EXERCISES) -> str:
         exercise = EXERCISES[number]
         for name in exercise.functions if exercise.script == script else ():
             docstring = found[name].body[0]
+            first = docstring.end_lineno
+            last = found[name].end_lineno
+            indent = docstring.col_offset
+            kept = []
+            if exercise.part:  # comments and timers stay
+                begins, ends = exercise.part
+                starts = [line.lstrip() for line in lines]
+                first = next(k for k in range(first, last) if starts[k].startswith(begins)) + 1
+                last = next(k for k in range(first, last) if starts[k].startswith(ends))
+                indent = len(lines[last]) - len(starts[last])
+                kept = [k for k in range(first, last) if re.match("#|timer|$", starts[k])]
             error = f'raise NotImplementedError("exercise {number}: {exercise.title}")'
-            first, last = docstring.end_lineno, found[name].end_lineno
+            kept = [lines[k] for k in kept]
             # None keeps the numbers of the other lines.
-            lines[first:last] = [" " * docstring.col_offset + error] + [None] * (last - first - 1)
+            new = [" " * indent + error, *kept]
+            lines[first:last] = new + [None] * (last - first - len(new))
     return "\n".join(line for line in lines if line is not None)
 
 
+def refuse_first(text: str) -> str:
+    """The text of samr1_mini.py, with a call of `refuse_unsolved` before that of its `main`."""
+    head, call, tail = text.rpartition("        main(sys.argv[1:])")
+    return (
+        f"{head}        from assignment.handout import refuse_unsolved\n\n"
+        f"        refuse_unsolved(sys.argv[1:])\n{call}{tail}"
+    )
+
+
 def handout_files() -> list[str]:
-    """The files that a student gets, relative to the repository: no runs, data, environments."""
-    files = [ROOT / "LICENSE", ROOT / ".gitignore", Path(__file__)]  # the tests read EXERCISES
-    files += [file for file in ROOT.iterdir() if file.suffix in (".py", ".md", ".txt", ".toml")]
-    files += [file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file()]
-    paths = [file.relative_to(ROOT).as_posix() for file in files]
+    """The files that a student gets, relative to the repository, but for the README."""
+    paths = [*FILES, *TESTS]
+    for folder in FOLDERS:
+        files = [file for file in (ROOT / folder).rglob("*") if file.is_file()]
+        paths += [file.relative_to(ROOT).as_posix() for file in files]
     excluded = re.compile(r"(^|/)(__pycache__|vlm-clean)/|\.tmp$")
-    return sorted(p for p in paths if p not in LECTURER_FILES and not excluded.search(p))
+    return sorted(p for p in paths if p not in SHOWS_A_SOLUTION and not excluded.search(p))
 
 
 def main(argv: list[str]) -> None:
@@ -101,9 +236,12 @@ def main(argv: list[str]) -> None:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, out / name)
     for script in SCRIPTS:
-        (out / script).write_text(remove_solutions(script), "utf-8")
-    print(f"written to {out}: the exercises are in {', '.join(SCRIPTS)}")
-    print("start with: python -m pytest -rs -m exercise_1 tests")
+        text = remove_solutions(script)
+        if script == "samr1_mini.py":
+            text = refuse_first(text)
+        (out / script).write_text(text, "utf-8")
+    shutil.copy(ROOT / README, out / "README.md")
+    print(f"written to {out}: start with its README.md")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
     python -m benchmarks.sweep amount         the paper's Table 6: training scenes     12 runs
     python -m benchmarks.sweep failures       five runs that fail on purpose            6 short runs
     python -m benchmarks.sweep dtypes         float32 and bfloat16                      2 short runs
+    python -m benchmarks.sweep own_reward     the assignment's exercise 14              9 short runs
+    python -m benchmarks.sweep variants       the assignment's exercise 15             20 runs
 
 A run takes two to three minutes on one core, a short one about one. --jobs 2 runs two trainings at
 a time. Each one is `python samr1_mini.py train ... --out runs/sweep/SETTING-SEED`. The same command
@@ -91,7 +93,7 @@ SWEEPS = {
             "sound": "",
             "learning rate too small": "--lr 1e-6",
             "learning rate too large": "--lr 3e-2",
-            "wrong coordinates": "",  # see PATCH
+            "wrong coordinates": "",  # see PROGRAMS
             "temperature too low": "--temperature 0.01",
             "limit too short": "--max_new_tokens 28",
         },
@@ -102,9 +104,32 @@ SWEEPS = {
     "dtypes": Sweep(
         {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}, "last:reward", 1, steps=60
     ),
+    "own_reward": Sweep(
+        {
+            "tiered, 60 steps": "",
+            "box, 60 steps": "--accuracy box",
+            "ours, 60 steps": "",  # see PROGRAMS
+        },
+        "giou box boxonly points",
+        seeds=3,
+        steps=60,
+    ),
+    "variants": Sweep(  # see PROGRAMS
+        {"mask": "", "Dr. GRPO": "", "GSPO": "--normalise sequence", "CISPO": ""},
+        "giou ciou box points last:iou mean:kl",
+        seeds=5,
+    ),
 }
 # The reward reads thousandths, while the policy answers in pixels. No flag does this.
 PATCH = "import sys, samr1_mini as s; s.Policy.extent = 1000; s.main(sys.argv[1:])"
+VARIANTS = ["-m", "assignment.variants"]  # reference solutions, which hand-outs do not have
+PROGRAMS = {  # of the settings that are not only flags of samr1_mini.py
+    "wrong coordinates": ["-c", PATCH],
+    "ours, 60 steps": [*VARIANTS, "own_reward"],
+    "Dr. GRPO": [*VARIANTS, "dr_grpo"],
+    "GSPO": [*VARIANTS, "gspo"],
+    "CISPO": [*VARIANTS, "cispo"],
+}
 
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
@@ -126,7 +151,7 @@ def train(run: Path, name: str, flags: str) -> None:
         flags = "--resume"
     elif (run / "config.json").is_file():
         shutil.rmtree(run)  # killed before its first checkpoint
-    program = ["-c", PATCH] if name == "wrong coordinates" else ["samr1_mini.py"]
+    program = PROGRAMS.get(name, ["samr1_mini.py"])
     command = [sys.executable, *program, "train", "--out", str(run), *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

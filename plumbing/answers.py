@@ -74,26 +74,24 @@ def first_braces(text: str) -> str:
     return ""
 
 
-def read_objects(
+def find_objects(
     inside: str, style: str, text: str, loosely: bool = True
-) -> tuple[list[tuple], bool]:
-    """The objects of an answer, and whether it is written in the form that its prompt asks for.
+) -> tuple[list[dict], bool]:
+    """The objects of an answer, and whether it has the type that its prompt asks for.
 
     inside: what stands in <answer>. style: of the prompt. text: the whole completion.
 
-    Each object is a pair: a box or None if it is missing or invalid, and a list of as many points
-    as are asked for, each of them valid or None. Only "visionreasoner" is answered with a list of
-    objects. What is not in this form is read all the same if it is clear what it says: boxes and
-    points as tuples or as lists in a list; an object without its list; and, if `loosely`, what
-    `read_loosely` finds. Two objects are not, where one is asked for.
+    Only "visionreasoner" is answered with a list of objects, which are returned one by one. What is
+    not of this type is read all the same if it is clear what it says: an object without its list,
+    and, if `loosely`, what `read_loosely` finds. Two objects are not, where one is asked for. What
+    cannot be read is an object without keys.
 
-    "segzero" is read as in Seg-Zero's evaluation: the first {...} of the completion, the first keys
-    that contain "bbox" and "point", and numbers in quotes.
+    "segzero" is read as in Seg-Zero's evaluation: the first {...} of the completion.
 
-    >>> read_objects('{"bbox": [1, 2, 5, 6], "points_1": [3, 4]}', "full", text="")
-    ([((1.0, 2.0, 5.0, 6.0), [(3.0, 4.0), None])], False)
-    >>> read_objects('[{"bbox_2d": [1, 2, 5, 6], "point_2d": [3, 4]}]', "visionreasoner", text="")
-    ([((1.0, 2.0, 5.0, 6.0), [(3.0, 4.0)])], True)
+    >>> find_objects('{"bbox": [1, 2, 5, 6]}', "full", text="")
+    ([{'bbox': [1, 2, 5, 6]}], True)
+    >>> find_objects('[{"bbox_2d": [1, 2, 5, 6]}, 7]', "visionreasoner", text="")
+    ([{'bbox_2d': [1, 2, 5, 6]}, {}], True)
     """
     listed = style == "visionreasoner"
     longest = LONGEST_LIST if listed else LONGEST_ANSWER
@@ -107,17 +105,8 @@ def read_objects(
         if isinstance(first, dict) and answer_keys(first, style)[0]:
             data = first
             asked_form = True
-    objects = []
-    for item in data if listed and isinstance(data, list) else [data]:
-        item = item if isinstance(item, dict) else {}
-        values = [item.get(key) for key in answer_keys(item, style)]
-        asked_form &= all(isinstance(value, list) and len(value) > 1 for value in values)
-        box = numbers(values[0], count=4, quoted=style == "segzero")
-        if box and not (box[0] < box[2] and box[1] < box[3]):
-            box = None  # swapped corners: SAM would still draw a plausible mask of them
-        points = [numbers(point, count=2, quoted=style == "segzero") for point in values[1:]]
-        objects.append((box, points))
-    return objects, asked_form
+    items = data if listed and isinstance(data, list) else [data]
+    return [item if isinstance(item, dict) else {} for item in items], asked_form
 
 
 def points_asked(style: str) -> int:
@@ -126,7 +115,10 @@ def points_asked(style: str) -> int:
 
 
 def answer_keys(item: dict, style: str) -> list:
-    """The keys of an object's box and of its points."""
+    """The keys of an object's box and of its points.
+
+    For "segzero" the first keys that contain "bbox" and "point", as in Seg-Zero's evaluation.
+    """
     if style == "visionreasoner":
         return ["bbox_2d", "point_2d"]
     if style != "segzero":

@@ -225,7 +225,8 @@ def test_a_folder_with_files_is_never_written_to(policy_folder, trained, evaluat
 
 
 PROGRAMS = "tools.report tools.merge tools.memory tools.demo tools.fetch tools.figures"
-PROGRAMS += " samr1_mini assignment.grade tiny.make_tiny examples.trl_grpo benchmarks.gpu_24gb"
+PROGRAMS += " samr1_mini assignment.grade assignment.next tiny.make_tiny"
+PROGRAMS += " examples.trl_grpo benchmarks.gpu_24gb"
 
 
 def start(*command: object, **options) -> subprocess.CompletedProcess:

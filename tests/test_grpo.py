@@ -1,5 +1,5 @@
-"""Tests of grpo.py against transformers' `generate`, ordinary forward passes, TRL's published loss,
-and numbers worked out by hand."""
+"""Tests of grpo.py against transformers' `generate`, ordinary forward passes, and numbers worked
+out by hand. test_unseen.py has those against published formulas."""
 
 import contextlib
 import doctest
@@ -35,7 +35,7 @@ from plumbing.vlm import Prompts, encode_prompts
 
 def docstring_examples():
     """The examples of the scripts. Those of a function with an exercise have its mark."""
-    exercises = {name: n for n, one in EXERCISES.items() for name in one.functions}
+    exercises = {name: n for n, e in EXERCISES.items() if e.examples for name in e.functions}
     for module in (data, reward, grpo, samr1_mini):
         for example in doctest.DocTestFinder().find(module):
             if not example.examples:  # a docstring without examples would always pass
@@ -61,33 +61,44 @@ def test_docstring_examples(example):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.exercise_5
+def close_to_one_of(advantages, deviations, eps):
+    """Whether the advantages of a group have one of the two standard deviations. The paper does
+    not say which; our docstring does."""
+    centred = torch.tensor(deviations)
+    stds = [centred.std(unbiased=unbiased) for unbiased in (True, False)]
+    return any(torch.allclose(advantages, centred / (std + eps), atol=1e-4) for std in stds)
+
+
+@pytest.mark.exercise_7
 def test_advantages_by_hand():
-    # Mean 3, deviations 3, -1, -2, 0, unbiased variance 14 / 3. Each group has its own mean.
-    rewards = torch.tensor([[[6.0, 2.0, 1.0, 3.0]], [[0.0, 0.0, 4.0, 0.0]]], dtype=torch.float64)
+    # Means 3, 1 and 0.3. Each group has its own. In the last one eps matters.
+    rewards = torch.tensor([[[6.0, 2.0, 1.0, 3.0]], [[0.0, 0.0, 4.0, 0.0]]])
     before = rewards.clone()
     advantages = group_advantages(rewards)
-    first = [d / (math.sqrt(14 / 3) + 1e-4) for d in (3, -1, -2, 0)]
-    second = [d / (2 + 1e-4) for d in (-1, -1, 3, -1)]
-    assert advantages[0, 0].tolist() == pytest.approx(first)
-    assert advantages[1, 0].tolist() == pytest.approx(second)
-    # Mean 0.3, unbiased standard deviation 0.00816: eps matters.
+    assert close_to_one_of(advantages[0, 0], [3.0, -1.0, -2.0, 0.0], eps=1e-4)
+    assert close_to_one_of(advantages[1, 0], [-1.0, -1.0, 3.0, -1.0], eps=1e-4)
     advantages = group_advantages(torch.tensor([0.30, 0.31, 0.29, 0.30]), eps=1.0)
-    assert advantages.tolist() == pytest.approx([0, 0.00992, -0.00992, 0], abs=1e-4)
+    assert close_to_one_of(advantages, [0.0, 0.01, -0.01, 0.0], eps=1.0)
     assert torch.equal(rewards, before), "rewards must not be changed in place"
 
 
-@pytest.mark.exercise_5
-@pytest.mark.parametrize("reward", [0.0, 0.1, 4 / 3, 5.999999])
-def test_equal_rewards_give_advantages_of_exactly_zero(reward):
+@pytest.mark.exercise_7
+@pytest.mark.parametrize("reward", [0.0, 0.1])
+def test_equal_rewards_give_advantages_near_zero(reward):
     for G in range(2, 17):  # the mean of equal numbers can differ from them by rounding
+        assert group_advantages(torch.full((2, G), reward)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("reward", [0.1, 4 / 3, 5.999999])
+def test_equal_rewards_give_advantages_of_exactly_zero(reward):
+    for G in range(2, 17):
         advantages = group_advantages(torch.full((2, G), reward))
         assert (advantages == 0).all(), f"{G} equal rewards of {reward} must give exactly 0"
 
 
-@pytest.mark.exercise_6
+@pytest.mark.exercise_8
 def test_k3_and_its_gradient_by_hand():
-    """q = reference / policy = e^8, 1/e, 2, 1. k3 is q - log q - 1, and its derivative 1 - q."""
+    """The reference is e^8, 1/e, 2 and 1 times as likely as the policy."""
     logprobs = torch.tensor([-9.0, -200.0, math.log(0.25), -1.0], requires_grad=True)
     kl = k3_kl(logprobs, torch.tensor([-1.0, -201.0, math.log(0.5), -1.0]))
     expected = [math.exp(8) - 9, math.exp(-1), 1 - math.log(2), 0]
@@ -98,7 +109,7 @@ def test_k3_and_its_gradient_by_hand():
     assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.exercise_6
+@pytest.mark.exercise_8
 def test_k3_is_not_negative_and_its_expectation_is_the_kl():
     torch.manual_seed(0)
     policy, reference = torch.randn(2, 50).double().log_softmax(-1)
@@ -113,59 +124,7 @@ def test_k3_is_not_negative_and_its_expectation_is_the_kl():
 # --------------------------------------------------------------------------------------------------
 
 
-def published_loss(loss_type, p, epsilon, epsilon_high, beta):
-    """TRL's GRPO loss, one token at a time (its documentation, and Shao et al. 2024, eq. 3 and 4).
-
-    loss_type: "grpo" is the mean over completions of the mean over tokens, "dapo" is the sum over
-    tokens divided by their number, in each group.
-    """
-    losses = []
-    for b in range(len(p.new)):
-        rows = []
-        for g in range(p.new.shape[1]):
-            row = []
-            for t in range(int(p.mask[b, g].sum())):
-                new, old, ref = (x[b, g, t] for x in (p.new, p.old, p.reference))
-                advantage = p.advantages[b, g]
-                ratio = torch.exp(new) / torch.exp(old)
-                clipped = torch.clip(ratio, 1 - epsilon, 1 + epsilon_high)
-                kl = torch.exp(ref) / torch.exp(new) - (ref - new) - 1
-                row.append(-torch.min(ratio * advantage, clipped * advantage) + beta * kl)
-            rows.append(row)
-        if loss_type == "dapo":
-            losses.append(sum(map(sum, rows)) / sum(map(len, rows)))
-        else:
-            losses.append(sum(sum(row) / len(row) for row in rows) / len(rows))
-    return sum(losses) / len(losses)
-
-
-@pytest.mark.exercise_7
-@pytest.mark.parametrize("normalise, loss_type", [("token", "dapo"), ("sequence", "grpo")])
-@pytest.mark.parametrize("B", [1, 3])
-def test_loss_and_gradient_equal_the_published_ones(normalise, loss_type, B):
-    G = 4
-    T = 6
-    generator = torch.Generator().manual_seed(1)
-    new, old, reference = -torch.rand(3, B, G, T, generator=generator, dtype=torch.float64)
-    mask = torch.arange(T) < torch.randint(1, T + 1, (B, G, 1), generator=generator)
-    advantages = torch.randn(B, G, generator=generator, dtype=torch.float64)
-    new.requires_grad_()
-    p = SimpleNamespace(new=new, old=old, reference=reference, mask=mask, advantages=advantages)
-    for eps_low, eps_high, beta in ((0.2, 0.3, 0.005), (0.1, 0.1, 1.0), (0.2, 0.5, 0.0)):
-        loss, statistics, side = grpo_loss(
-            new, old, reference, advantages, mask, eps_low, eps_high, beta, normalise
-        )
-        expected = published_loss(loss_type, p, eps_low, eps_high, beta)
-        assert loss.item() == pytest.approx(expected.item())
-        gradients = [torch.autograd.grad(one, new)[0] for one in (loss, expected)]
-        assert torch.allclose(*gradients)
-        assert (gradients[0][~mask] == 0).all(), "padding has no gradient"
-        assert statistics["clip_low"] > 0 and statistics["clip_high"] > 0  # both sides occur
-        clipped = mask & (side != 0)
-        assert ((gradients[0][clipped] != 0) == (beta > 0)).all()  # then that of the KL only
-
-
-@pytest.mark.exercise_7
+@pytest.mark.exercise_9
 def test_loss_and_statistics_by_hand():
     # Two prompts with two completions of one and two tokens. With advantage 1, ratio 2 counts as
     # 1.3. With advantage -2, ratio 0.5 counts as 0.8, and 0.9 as 0.9. 7 is padding.
@@ -186,7 +145,7 @@ def test_loss_and_statistics_by_hand():
     assert side[mask].tolist() == [1, -1, 0, 0, 0, 0]
 
 
-@pytest.mark.exercise_7
+@pytest.mark.exercise_9
 def test_all_four_cases_of_the_clip():
     # Columns: ratio 0.7, 0.9, 1.2, 1.5. Rows: advantage 1, -1. eps_low 0.2, eps_high 0.3.
     ratio = torch.tensor([0.7, 0.9, 1.2, 1.5], dtype=torch.float64)
@@ -272,7 +231,7 @@ def without_padding(completions):
     return [ids[keep].tolist() for ids, keep in rows]
 
 
-@pytest.mark.exercise_8
+@pytest.mark.exercise_10
 @pytest.mark.parametrize("decoder", [Decoder, StaticDecoder])
 def test_greedy_rollout_equals_generate(policy, decoder):
     def generate(end):
@@ -300,7 +259,7 @@ def test_greedy_rollout_equals_generate(policy, decoder):
         assert without_padding(found) == [row for row in expected for _ in range(2)]
 
 
-@pytest.mark.exercise_8
+@pytest.mark.exercise_10
 @pytest.mark.parametrize("decoder", [Decoder, StaticDecoder])
 def test_first_end_token_ends_a_completion_and_changes_no_other(policy, decoder):
     free = sample(policy)
@@ -318,7 +277,7 @@ def test_first_end_token_ends_a_completion_and_changes_no_other(policy, decoder)
     assert ended.truncated(end).flatten().tolist() == truncated
 
 
-@pytest.mark.exercise_8
+@pytest.mark.exercise_10
 def test_samples_depend_on_the_seed_and_differ_within_a_group(policy):
     free = sample(policy)
     assert torch.equal(sample(policy).ids, free.ids)
@@ -326,7 +285,7 @@ def test_samples_depend_on_the_seed_and_differ_within_a_group(policy):
     assert all(len({tuple(row) for row in group}) == 4 for group in free.ids.tolist())
 
 
-@pytest.mark.exercise_8
+@pytest.mark.exercise_10
 def test_first_tokens_are_sampled_separately_and_at_the_temperature(policy):
     n = 3000
     with recorded_logits(policy) as calls:
@@ -346,7 +305,7 @@ def test_first_tokens_are_sampled_separately_and_at_the_temperature(policy):
     assert ((frequencies - p).abs() <= five_standard_errors).all()
 
 
-@pytest.mark.exercise_8
+@pytest.mark.exercise_10
 @pytest.mark.parametrize("temperature, others", [(0.0, 0.0), (1.0, 0.0), (1e9, -1e11)])
 def test_banned_tokens_are_never_sampled(policy, temperature, others):
     """At 1e9, a finite mask of -1e9 would be as likely as a logit of -1."""
@@ -361,7 +320,7 @@ def test_banned_tokens_are_never_sampled(policy, temperature, others):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.exercise_9
+@pytest.mark.exercise_11
 def test_packed_rows_by_hand():
     """Prompts of 3 and 5 tokens, with completions of 1, 4, 2 and of 2, 2, 3 tokens.
 
@@ -394,7 +353,7 @@ def test_packed_rows_by_hand():
         assert rows.positions[axis, 1, 5:].tolist() == [330, 331, 330, 331, 330, 331, 332]
 
 
-@pytest.mark.exercise_9
+@pytest.mark.exercise_11
 def test_tokens_attend_to_the_prompt_and_their_own_completion():
     segments = torch.tensor([[0, 0, 1, 2, 2, 3, -1, -1], [0, 0, 0, 0, 1, 1, 2, 3]])
     attend = may_attend(segments)
@@ -468,7 +427,7 @@ def assert_same_gradients(found, expected):
         assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.exercise_10
+@pytest.mark.exercise_12
 @pytest.mark.parametrize("temperature, chunk, sizes", [(1.0, None, [39]), (0.6, 16, [16, 16, 7])])
 def test_logprobs_and_gradients_equal_those_of_separate_rows(
     policy, completions, temperature, chunk, sizes

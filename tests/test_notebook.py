@@ -1,8 +1,9 @@
-"""examples/tour.ipynb: it is stored without outputs, and runs from top to bottom."""
+"""examples/tour.ipynb: it is stored with its outputs, and runs from top to bottom."""
 
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from assignment.handout import BY_HAND, EXERCISES
 from benchmarks import thoughts
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "tour.ipynb"
@@ -25,12 +27,28 @@ def printed(cell) -> str:
     return "".join(one["text"] for one in cell.outputs if one.get("name") == "stdout")
 
 
-def test_the_notebook_is_stored_without_outputs():
-    assert NOTEBOOK.stat().st_size < 100_000
-    stored = json.loads(NOTEBOOK.read_text())
+# A line of a cell that shows something.
+SHOWS = re.compile(r"^(    )?(display|print|print_results|check|mask_run = train)\(", re.M)
+
+
+def test_the_notebook_is_stored_as_it_ran():
+    assert NOTEBOOK.stat().st_size < 1_000_000
+    text = NOTEBOOK.read_text()
+    stored = json.loads(text)
     assert stored["metadata"]["kernelspec"]["name"] == "python3"
-    for cell in stored["cells"]:
-        assert not cell.get("outputs") and cell.get("execution_count") is None
+    cells = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    showing = [bool(SHOWS.search("".join(cell["source"]))) for cell in cells]
+    assert showing == [bool(cell["outputs"]) for cell in cells] and sum(showing) == 9
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}  # no error
+    assert {output.get("name") for output in outputs} == {"stdout", None}  # no warning
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
+    assert "/home/" not in text and "/tmp/" not in text
+
+
+def test_the_notebook_names_the_number_of_exercises():
+    assert f"has {len(EXERCISES) + len(BY_HAND)} exercises" in NOTEBOOK.read_text()
 
 
 @pytest.mark.slow

@@ -178,6 +178,7 @@ def prompt_of(box, points, extent, width, height):
     return reward.sam_prompt(Answer(True, True, box, points, ""), extent, width, height)
 
 
+@pytest.mark.exercise_2
 def test_coordinates_are_scaled_once_and_each_axis_by_its_own_factor():
     # From 840 to 1680 x 420, x doubles and y halves.
     found = prompt_of((100, 200, 300, 400), ((10, 20), (830, 840)), 840, 1680, 420)
@@ -188,6 +189,7 @@ def test_coordinates_are_scaled_once_and_each_axis_by_its_own_factor():
     assert found.points[0] == pytest.approx((25, 2000))
 
 
+@pytest.mark.exercise_2
 @pytest.mark.parametrize(
     "box, clipped",
     [
@@ -289,7 +291,7 @@ def predict(predictor, prompt):
     return logits[ratings.argmax()], ratings.argmax()
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_4
 @pytest.mark.parametrize("favourite", [0, 1, 2])  # of SAM's three masks for each prompt
 def test_masks_and_counts_equal_those_of_sam_predictor(
     favourite, scenes, mixed, sam, original_sam, scorer, monkeypatch
@@ -365,7 +367,7 @@ def test_cropping_the_padding_first_does_not_change_the_masks(size):
     )
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_4
 @pytest.mark.parametrize("has_box, has_points", [(True, True), (True, False), (False, True)])
 def test_decoding_together_equals_decoding_one_by_one(sam, has_box, has_points):
     """One by one: with SAM's own prompt encoder, and each image as the decoder expects it."""
@@ -389,7 +391,7 @@ def test_decoding_together_equals_decoding_one_by_one(sam, has_box, has_points):
         assert torch.allclose(ratings[n], expected[1][0], atol=1e-4)
 
 
-@pytest.mark.exercise_3
+@pytest.mark.exercise_4
 def test_batches_of_images_and_prompts(scenes, mixed, scorer, monkeypatch):
     """Without limits, each image is encoded once and each sort of prompt decoded in one call."""
     encode = Mock(wraps=scorer.sam.encode)
@@ -449,7 +451,7 @@ def test_sam_in_host_memory_gives_the_same_masks_and_stays_frozen(scenes, mixed,
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.exercise_2
+@pytest.mark.exercise_3
 def test_pixels_are_counted_as_in_pycocotools():
     coco = pytest.importorskip("pycocotools.mask")
     generator = torch.Generator().manual_seed(0)
@@ -478,7 +480,7 @@ def ious(truth, ignore, masks):
     return Overlap(intersection, union, torch.ones_like(union, dtype=torch.bool), None).iou.tolist()
 
 
-@pytest.mark.exercise_2
+@pytest.mark.exercise_3
 def test_ignored_pixels_count_neither_as_right_nor_as_wrong():
     truth = [1, 1, 1, 0, 0, 0]
     masks = [
@@ -491,7 +493,7 @@ def test_ignored_pixels_count_neither_as_right_nor_as_wrong():
     assert ious(truth, None, masks) == pytest.approx([1 / 3, 2 / 4, 3 / 5, 1 / 5])
 
 
-@pytest.mark.exercise_2
+@pytest.mark.exercise_3
 def test_iou_is_one_for_two_empty_masks():
     assert ious([0, 0], None, [[0, 0], [1, 0]]) == [1, 0]
     assert ious([1, 0, 0], [1, 1, 0], [[0, 1, 0]]) == [1]  # both hold only ignored pixels
@@ -511,7 +513,7 @@ THOUSANDTHS = [0, 499, 500, 501, 699, 700, 701, 799, 800, 801, 1000]
 @pytest.mark.parametrize(
     "kind, expected",
     [
-        pytest.param("tiered", [0, 0, 0, 2, 2, 2, 3, 3, 3, 4, 4], marks=pytest.mark.exercise_4),
+        pytest.param("tiered", [0, 0, 0, 2, 2, 2, 3, 3, 3, 4, 4], marks=pytest.mark.exercise_5),
         ("0.5", [0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4]),
         ("0.7", [0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4]),
         ("0.8", [0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 4]),
