@@ -201,6 +201,22 @@ def compare(rows: list[dict], other: list[dict], protocol: str, file: str) -> di
 # --------------------------------------------------------------------------------------------------
 
 
+def sheet(answers: dict[str, list[tuple]]) -> Figure:
+    """A row of pictures for each title, from tuples (sample, prompt, mask (H, W) bool, IoU)."""
+    columns = max(map(len, answers.values()))
+    figure = Figure(figsize=(3 * columns, 3.3 * len(answers)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(answers), columns, squeeze=False)
+    for line, (title, cells) in zip(grid, answers.items(), strict=True):
+        for axes in line[len(cells) :]:
+            axes.set_axis_off()
+        for axes, (one, prompt, mask, iou) in zip(line, cells, strict=False):
+            pictures.draw_answer(axes, one.image, mask, prompt, one.mask)
+            pictures.write_title(axes, f"{title}: IoU {iou:.2f}")
+            pictures.write_below(axes, pictures.printable_query(one.query, 160, 38))
+    pictures.draw_legend(figure)
+    return figure
+
+
 def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int = 4) -> Figure:
     """The best, median and worst answers of an evaluation, `count` of each, by IoU.
 
@@ -222,19 +238,13 @@ def evaluation_sheet(rows: list[dict], scorer, dataset, prompt_type, count: int 
         prompts.append(prompt_type(rows[k]["box"], rows[k]["points"], tuple(others)))
     masks = scorer.score(batch, [[prompt] for prompt in prompts], keep_masks=True).masks
     drawn = dict(zip(chosen, zip(batch, prompts, masks, strict=True), strict=True))
-    columns = max(map(len, picks.values()))
-    figure = Figure(figsize=(3 * columns, 3.3 * len(picks)), dpi=100, layout="constrained")
-    grid = figure.subplots(len(picks), columns, squeeze=False)
-    for line, (title, numbers) in zip(grid, picks.items(), strict=True):
-        for axes in line[len(numbers) :]:
-            axes.set_axis_off()
-        for axes, k in zip(line, numbers, strict=False):
+    answers = {}
+    for title, numbers in picks.items():
+        answers[title] = []
+        for k in numbers:
             one, prompt, mask = drawn[k]
-            pictures.draw_answer(axes, one.image, mask[0].cpu().numpy(), prompt, one.mask)
-            pictures.write_title(axes, f"{title}: IoU {rows[k]['iou']:.2f}")
-            pictures.write_below(axes, pictures.printable_query(one.query, 160, 38))
-    pictures.draw_legend(figure)
-    return figure
+            answers[title].append((one, prompt, mask[0].cpu().numpy(), rows[k]["iou"]))
+    return sheet(answers)
 
 
 def found(image: Image.Image, query: str, mask: np.ndarray, prompt, said: str) -> Figure:
