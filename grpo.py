@@ -261,7 +261,7 @@ def rollout(
     in train mode would turn the cache off.
 
     end:     (E,) tokens that end a completion.
-    banned:  tokens that are never sampled.
+    banned:  tokens that are never sampled, at any temperature.
     decoder: the class that computes one step, see `Decoder`.
 
     It ends when every completion has ended: T is at most max_new_tokens, often less. What stands in
@@ -314,7 +314,7 @@ def rollout(
 class PackedRows(NamedTuple):
     """One row for each prompt: [prompt | o_1 | ... | o_G]. In host memory."""
 
-    ids: torch.Tensor  # (B, L): the prompt, its completions without padding, then padding
+    ids: torch.Tensor  # (B, L): prompt and completions without their padding, then padding
     positions: torch.Tensor  # (3, B, L) M-RoPE positions
     segments: torch.Tensor  # (B, L): 0 on the prompt, 1..G on the completions, -1 on padding
     sources: torch.Tensor  # (N,): where each of N completion tokens is predicted, see `pack`

@@ -62,8 +62,9 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     """Read a completion. Never raises, and takes time linear in the length of the text.
 
     Each part is judged separately: SAM gets a valid box even if a point or the thought is missing.
-    A thought counts if each of its two tags occurs exactly once. The answer is the last <answer>
-    block after it, as JSON or as a Python literal.
+    A thought counts if each of its two tags occurs exactly once, in that order. The answer stands
+    between the last <answer> and the last </answer> of what follows it, or of the whole text if no
+    thought counts. It is JSON or a Python literal.
 
     The answer format is about form alone: the paper rewards JSON with a box and points, whatever
     their quality. So two equal points, and points outside of the box, are valid. Coordinates in
