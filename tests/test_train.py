@@ -193,7 +193,8 @@ def test_an_interrupted_and_resumed_run_ends_bit_for_bit_like_a_whole_one(
     assert len(read_metrics(out)) == state(out)["step"] == step  # the current one was finished
     # What a kill -9 between two checkpoints leaves: more lines than steps in the checkpoint.
     with open(out / "metrics.jsonl", "a") as log:
-        log.write(json.dumps({"step": 9, "reward": 99.0}) + '\n{"step": 10, "half a li')
+        later = read_metrics(out)[-1] | {"step": 9, "reward": 99.0}
+        log.write(json.dumps(later) + '\n{"step": 10, "half a li')
     run("train --resume", "--out", out)
     assert read_metrics(out) == read_metrics(whole_run)
     for part in ("adapter", "optimizer", "generator"):
