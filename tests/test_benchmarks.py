@@ -146,6 +146,7 @@ def allocate(mib: int) -> None:
     torch.ones(mib * 2**18)
 
 
+@pytest.mark.slow
 def test_the_meter_sees_the_memory_of_a_call():
     assert 60 < meter.in_new_process(meter.added_mib, allocate, 64) < 80
 

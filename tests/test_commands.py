@@ -243,6 +243,7 @@ def test_ctrl_c_while_a_program_imports_is_one_line(program, tmp_path):
     assert (done.returncode, done.stderr) == (130, f"{name}: interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", [[], ["-u"]])
 def test_a_closed_pipe_ends_a_program_without_a_word(unbuffered):
     """As in `... | head -1`. With a buffer, the pipe is met when the program ends."""
