@@ -371,8 +371,11 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
         boxes = tuple(SamPrompt(other.box, ()) for other in ours.others)
         box_only = SamPrompt(ours.box, (), boxes)
         prompts.append([ours, ceiling, box_only])
-    overlap = scorer.score(batch, prompts, keep_masks=True)
-    ious = rewards.box_ious(batch, prompts)
+    by_protocol = hasattr(s, "protocol")  # `train` counts as LISA does, without the masks
+    overlap = scorer.score(batch, prompts, keep_masks=by_protocol)
+    # (B, 3) each; one wait for the GPU, not one for each number
+    counts = {name: getattr(overlap, name).tolist() for name in ("intersection", "union", "iou")}
+    box_ious = rewards.box_ious(batch, prompts).tolist()
     asked = points_asked(policy.prompt)
     rows = []
     for b, (one, answer) in enumerate(zip(batch, answers, strict=True)):
@@ -383,17 +386,17 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
             "answer": texts[b],
             "box": ours.box,
             "points": ours.points,
-            "box_iou": ious[b, 0].item(),
+            "box_iou": box_ious[b][0],
             "format": answer.think_format and answer.answer_format,
             "points_inside": scenes.points_inside(ours.points, one.mask, asked),
         }
         if ours.others:
             row["others"] = [(other.box, other.points) for other in ours.others]
         for k, prefix in enumerate(intervals.PREFIXES):
-            for name in ("intersection", "union", "iou"):
-                row[prefix + name] = getattr(overlap, name)[b, k].item()
+            for name, values in counts.items():
+                row[prefix + name] = values[b][k]
         rows.append(row)
-    if hasattr(s, "protocol"):
+    if by_protocol:
         from plumbing import evaluation  # not for training
 
         for row, masks, one, answer in zip(rows, overlap.masks, batch, answers, strict=True):

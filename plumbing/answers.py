@@ -19,7 +19,10 @@ READERS = (
     (json.loads, (ValueError, RecursionError)),
     (ast.literal_eval, (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)),
 )
-FULL_WIDTH = str.maketrans("，、：【】［］｛｝（）“”＂‘’＇．－", ",,:[][]{}()\"\"\"'''.-")
+FULL_WIDTH = str.maketrans(
+    "，、：【】［］｛｝（）“”＂‘’＇．－",
+    ",,:[][]{}()\"\"\"'''.-",
+)
 COMMENT = re.compile(r"(?<!:)//.*|/\*[\s\S]*?(?:\*/|\Z)")  # "://" begins no comment
 
 

@@ -480,8 +480,10 @@ OTHER_ENCODINGS = {
     "cp437": "große Tür",
 }
 WESTERN = [
-    "What at the café keeps the rain off… the man’s “red” hat — left; „Äpfel“, weiß; l’école à",
-    "avaliações, não é; ¿Qué?; hæð þýðing; yöön; 5×3 m², 20°C, £5 ±2 µm, Nescafé®, GRÖSSE\nÉcole",
+    "What at the café keeps the rain off… the man’s “red” hat — left",
+    "„Äpfel“, weiß; l’école à",
+    "avaliações, não é; ¿Qué?; hæð þýðing; yöön",
+    "5×3 m², 20°C, £5 ±2 µm, Nescafé®, GRÖSSE\nÉcole",
 ]
 
 
