@@ -382,9 +382,10 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert len(tests) == 1 and tests[0] in ci
 
 
-def test_the_flags_in_the_readme_exist():
-    readme = (ROOT / "README.md").read_text()
-    lines = re.findall(r"samr1_mini\.py (train|eval|segment)([^\n`|]*)", readme)
+@pytest.mark.parametrize("file", ["README.md", "TUTORIAL.md", ".ci/run"])
+def test_the_flags_in_commands_exist(file):
+    text = (ROOT / file).read_text()
+    lines = re.findall(r"samr1_mini\.py (train|eval|segment)([^\n`|]*)", text)
     assert lines
     for command, rest in lines:
         fields = samr1_mini.parse_settings(command, []).__dataclass_fields__
