@@ -37,7 +37,7 @@ from PIL import Image
 from segment_anything.modeling import PromptEncoder, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from plumbing.answers import answer_keys, find_objects, numbers
+from plumbing.answers import numbers, points_asked, read_answer
 from plumbing.devices import half_precision, to_device
 from plumbing.rewards import box_ious
 from plumbing.sam import load_weights, restore_weights
@@ -71,7 +71,7 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     0..1 are valid too: they are read in the unit that the prompt asks for, so such a box is smaller
     than a pixel, and the accuracy reward judges it. What is clear but not in the right form, such
     as JSON within prose, gives a box and points, but earns no answer format
-    (`plumbing.answers.find_objects`).
+    (`plumbing.answers.read_answer`).
 
     style: of the prompt. "segzero" and "visionreasoner" are read as these systems' evaluations read
            them. The answer of the latter is a list of objects with one point each. All must be
@@ -98,8 +98,13 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     only_blocks = not (outside + before + after).strip()
     think_format = bool(thought.strip()) and answered and only_blocks
 
-    items, asked_form = find_objects(inside, style, text, loosely=answered)
-    objects = [read_object(item, style) for item in items]
+    if style in ("brief", "full"):
+        items, asked_form = read_answer(inside, loosely=answered)
+    else:
+        from plumbing import segzero  # only with these two styles
+
+        items, asked_form = segzero.read_answer(inside, style, text, loosely=answered)
+    objects = [read_object(item, points_asked(style)) for item in items]
     valid = [one.asked_form and one.box is not None and None not in one.points for one in objects]
     answer_format = asked_form and any(valid) and all(valid)  # all([]) is True
     found = [(one.box, tuple(point for point in one.points if point)) for one in objects]
@@ -117,26 +122,25 @@ class AnsweredObject(NamedTuple):
     asked_form: bool  # the box and the points are lists of numbers
 
 
-def read_object(item: dict, style: str) -> AnsweredObject:
+def read_object(item: dict, count: int = 2) -> AnsweredObject:
     """The box and the points of one object of an answer, each of them valid or None.
 
     A box is valid if it is four finite numbers with x1 < x2 and y1 < y2: SAM would draw a plausible
     mask of swapped corners. A tuple, or a list in a list, is read too, but it is not the form that
-    the prompt asks for. style: of the prompt. With "segzero" numbers may stand in quotes.
+    the prompt asks for. count: number of points that it asks for.
 
-    >>> read_object({"bbox": [1, 2, 5, 6], "points_1": [3, 4], "points_2": (3, 4)}, "full")
+    >>> read_object({"bbox": [1, 2, 5, 6], "points_1": [3, 4], "points_2": (3, 4)})
     AnsweredObject(box=(1.0, 2.0, 5.0, 6.0), points=[(3.0, 4.0), (3.0, 4.0)], asked_form=False)
-    >>> read_object({"bbox": [5, 2, 1, 6], "points_1": [3, 4], "points_2": [3]}, "full")
+    >>> read_object({"bbox": [5, 2, 1, 6], "points_1": [3, 4], "points_2": [3]})
     AnsweredObject(box=None, points=[(3.0, 4.0), None], asked_form=False)
     """
-    quoted = style == "segzero"
-    values = [item.get(key) for key in answer_keys(item, style)]
-    box = numbers(values[0], count=4, quoted=quoted)
+    values = [item.get(key) for key in ("bbox", "points_1", "points_2")[: 1 + count]]
+    box = numbers(values[0], count=4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
         box = None
     return AnsweredObject(
         box=box,
-        points=[numbers(point, count=2, quoted=quoted) for point in values[1:]],
+        points=[numbers(point, count=2) for point in values[1:]],
         asked_form=all(isinstance(value, list) and len(value) > 1 for value in values),
     )
 

@@ -108,6 +108,8 @@ def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor
         raise UserError(f"{flag}: this peft does not know its {keys}: pip install -U peft")
     if config.is_prompt_learning:
         raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
+    if getattr(config, "lora_alpha", 1) == 0:
+        raise UserError(f"{flag}: its lora_alpha is 0, so it does nothing: name another")
     start = str(getattr(config, "init_lora_weights", ""))
     if getattr(config, "alora_invocation_tokens", None) or "niter" in start:
         reason = "it acts after some tokens only, or on base weights that were found at random"

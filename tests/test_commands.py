@@ -109,9 +109,9 @@ def test_an_interrupted_eval_continues(evaluated, tmp_path, monkeypatch):
     (cut / "answers.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed within a line
     evaluate_batch, indices = samr1_mini.evaluate_batch, []
 
-    def noted(policy, scorer, batch, s):
+    def noted(policy, scorer, batch, *options):
         indices.extend(int(one.id.rsplit("-", 1)[1]) for one in batch)
-        return evaluate_batch(policy, scorer, batch, s)
+        return evaluate_batch(policy, scorer, batch, *options)
 
     monkeypatch.setattr(samr1_mini, "evaluate_batch", noted)
     run("eval --resume --out", cut)
@@ -126,7 +126,7 @@ def test_an_evaluation_without_a_usable_sample_is_refused(refcocog, tmp_path):
         file.write_bytes(b"no picture")
     out = tmp_path / "eval"
     message = refused(run, "eval --data", f"refcocog:{root}/test", "--out", out)
-    assert f"refcocog:{root}/test: none of " in message
+    assert "--data: none of " in message
     assert "skipped" in answers(out)[0] and not (out / "eval.json").exists()
 
 

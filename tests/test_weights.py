@@ -461,6 +461,7 @@ def test_a_pickle_of_a_model_with_quantised_weights_is_refused(vlm):
         ("new_method_config", {}, ""),
         ("init_lora_weights", "pissa_niter_4", "found at random"),
         ("alora_invocation_tokens", [1, 2], "acts after some tokens only"),
+        ("lora_alpha", 0, "it does nothing"),
     ],
 )
 def test_what_peft_or_our_passes_would_leave_out_is_refused(key, value, message, tmp_path):
