@@ -447,8 +447,9 @@ class SamScorer:
         embeddings, factors: of `encode`. h, w: size of the last level of the embeddings.
         objects: B lists of prompts, each of one object.
         """
+        # Prompts are stored image by image. image_of[k] is the image that prompt k is about.
         prompts = [one for group in objects for one in group]
-        image = torch.tensor([b for b, group in enumerate(objects) for _ in group])
+        image_of = torch.tensor([b for b, group in enumerate(objects) for _ in group])
         h, w = embeddings[-1].shape[2:]
         best = embeddings[-1].new_full((len(prompts), 4 * h, 4 * w), -1.0)  # -1: outside the mask
         largest = max(level[0].nbytes for level in embeddings)
@@ -461,7 +462,7 @@ class SamScorer:
         groups.pop((False, 0), None)  # nothing to decode: the mask stays empty
         for (has_box, point_count), members in groups.items():
             for prompt_index in torch.tensor(members).split(at_once):
-                image_index = image[prompt_index]
+                image_index = image_of[prompt_index]
                 chosen = [prompts[k] for k in prompt_index.tolist()]  # N prompts
                 factor = factors[image_index]  # (N, 2)
                 boxes = points = None

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw
 from pycocotools import mask as coco
 
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, reason_of, refusing
 
 THINNEST = 200  # longest side over shortest; the tiny SAM would lose the short one above 256
 LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 without a check
@@ -370,11 +370,9 @@ def read_picture(file: str) -> Image.Image:
     """`decode_image` for a picture of the user's. Raises UserError."""
     if not file:
         raise UserError("--image: name the picture")
-    try:
+    mend = "name a JPEG, PNG or WebP of less than 89 megapixels that other programs can open"
+    with refusing(lambda error: f"{file} cannot be used ({reason_of(error)}): {mend}"):
         return decode_image(Path(file).expanduser())
-    except Exception as error:  # a damaged file can raise anything
-        mend = "name a JPEG, PNG or WebP of less than 89 megapixels that other programs can open"
-        raise UserError(f"{file} cannot be used ({reason_of(error)}): {mend}") from error
 
 
 # --------------------------------------------------------------------------------------------------

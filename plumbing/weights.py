@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors import safe_open
 from transformers.utils import logging
 
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, reason_of, refusing
 
 POINTER = b"version https://git-lfs"  # how the small file begins that stands for a large one
 QUANTISED = {"I8", "U8", "F8_E4M3", "F8_E5M2"}  # types in a .safetensors, then those of torch
@@ -68,22 +68,17 @@ def read_tensors(file: Path, flag: str) -> dict:
 
     Raises UserError if it cannot be read.
     """
-    try:
-        if not file.is_file():
-            raise UserError(f"{flag}: there is no file {file}")
+    if not file.is_file():
+        raise UserError(f"{flag}: there is no file {file}")
+    why = "it is truncated, or holds something else than tensors: fetch it again"
+    unread = f"{flag}: {file} cannot be read as weights"
+    with refusing(lambda error: f"{unread} ({type(error).__name__}): {why}"):
         if fault := fault_of(file):
             raise UserError(f"{flag}: {file} {fault}")
         if file.suffix == ".safetensors":
             tensors = safetensors.torch.load_file(file)
         else:  # weights_only: a downloaded pickle could run any code; this reads only tensors
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything; this block only reads
-        raise UserError(
-            f"{flag}: {file} cannot be read as weights ({type(error).__name__}): it is truncated, "
-            "or holds something else than tensors: fetch it again"
-        ) from error
     if not isinstance(tensors, dict):
         raise UserError(f"{flag}: {file} holds a {type(tensors).__name__}, not named weights")
     return {str(key): value for key, value in tensors.items()}
