@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     box: tuple[float, ...] | None  # x1, y1, x2, y2 with x1 < x2 and y1 < y2
     points: tuple[tuple[float, ...], ...]  # the valid ones of the two, (x, y) each
     thought: str  # the reasoning, "" if there is none
-    others: tuple[tuple, ...] = ()  # "visionreasoner": box and points of each further object
+    others: tuple[tuple, ...] = ()  # box and points of each further object, where one may be listed
 
 
 def parse_answer(text: str, style: str = "full") -> Answer:
@@ -73,9 +73,8 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     as JSON within prose, gives a box and points, but earns no answer format
     (`plumbing.answers.read_answer`).
 
-    style: of the prompt. "segzero" and "visionreasoner" are read as these systems' evaluations read
-           them. The answer of the latter is a list of objects with one point each. All must be
-           valid for the answer format.
+    style: of the prompt. Answers to the prompts of other systems are read in plumbing/segzero.py.
+           They may hold several objects, and all must be valid for the answer format.
 
     >>> text = '<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>'
     >>> answer = parse_answer(text)
@@ -110,7 +109,6 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     found = [(one.box, tuple(point for point in one.points if point)) for one in objects]
     found = [(box, points) for box, points in found if box or points]
     (box, points), *others = found or [(None, ())]
-    # The first object is the answer. There are others for "visionreasoner" only.
     return Answer(think_format, answer_format, box, points, thought.strip(), tuple(others))
 
 

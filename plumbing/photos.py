@@ -238,6 +238,29 @@ def decode_text(raw: bytes) -> str:
     return text
 
 
+def labelme_files(folder: Path) -> dict[str, dict[str, Path]]:
+    """The files of each sample in a folder of ReasonSeg: {name: {suffix in small letters: file}}.
+
+    A .png without a .json is no sample: it may be the mask of one.
+    """
+    found = {}
+    for file in sorted(folder.glob("[!.]*")):
+        found.setdefault(file.stem, {})[file.suffix.lower()] = file
+    needed = {".json", ".jpg", ".jpeg"}
+    return {name: files for name, files in found.items() if needed & set(files)}
+
+
+def labelme_picture(files: dict[str, Path]) -> Path | None:
+    """The picture among the files of a sample. Where there is a .jpg, LISA reads that one.
+
+    Raises UserError if there are two others.
+    """
+    found = [files[suffix] for suffix in (".jpg", ".jpeg", ".png", ".webp") if suffix in files]
+    if len(found) > 1 and ".jpg" not in files:
+        raise UserError(f"{found[0].name} and {found[1].name} have its name: keep one")
+    return found[0] if found else None
+
+
 def read_labelme(file: Path, size: tuple[int, int]) -> tuple[object, list[dict]]:
     """The query (the first text, unchecked) and the shapes of one of ReasonSeg's files.
 
