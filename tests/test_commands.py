@@ -382,7 +382,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert len(tests) == 1 and tests[0] in ci
 
 
-@pytest.mark.parametrize("file", ["README.md", "TUTORIAL.md", ".ci/run"])
+@pytest.mark.parametrize("file", ["README.md", "TUTORIAL.md", ".ci/run", ".ci/versions"])
 def test_the_flags_in_commands_exist(file):
     text = (ROOT / file).read_text()
     lines = re.findall(r"samr1_mini\.py (train|eval|segment)([^\n`|]*)", text)
