@@ -40,7 +40,6 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from plumbing.answers import numbers, points_asked, read_answer
 from plumbing.devices import half_precision, to_device
 from plumbing.rewards import box_ious
-from plumbing.sam import load_weights, restore_weights
 
 # --------------------------------------------------------------------------------------------------
 # Text to numbers
@@ -390,7 +389,7 @@ class SamScorer:
         prompts: B lists of G prompts, in image pixels. An empty prompt gets an empty mask. A prompt
                  with several objects gets the union of their masks.
         """
-        host = load_weights(self.sam, self.device) if self.offload else None
+        self.sam.to(self.device)  # it is somewhere else only with `offload`
         embeddings, factors = self.encode([sample.image for sample in samples])
         objects = [[one for prompt in group for one in prompt.objects] for group in prompts]
         logits = self.best_logits(embeddings, factors, objects).split(list(map(len, objects)))
@@ -411,7 +410,7 @@ class SamScorer:
             if keep_masks:
                 masks.append(mask)
         if self.offload:
-            restore_weights(self.sam, host)
+            self.sam.to("cpu")
         prompted = [
             [any(one.box or one.points for one in prompt.objects) for prompt in group]
             for group in prompts
