@@ -15,7 +15,6 @@ import pickle
 import re
 import unicodedata
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -116,23 +115,17 @@ def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
 
     Returns {image id: (file name, (width, height))}, {annotation id: (image id, segmentation)}.
     """
-    with foreign(file, hint):
-        return parse_instances(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)  # training reads two splits of one file, and reading it takes seconds
-def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
-    """As `read_instances`. changed: when the file was written, so a new version is read again."""
-    instances = json.loads(file.read_bytes())
     images = {}
-    for image in instances["images"]:
-        name = image["file_name"]
-        if os.path.basename(name) != name:  # tools.fetch writes files of these names
-            raise ValueError("a file_name in it is a path")
-        add_once(images, image["id"], (name, (image["width"], image["height"])))
     annotations = {}
-    for one in instances["annotations"]:
-        add_once(annotations, one["id"], (whole(one["image_id"]), one.get("segmentation")))
+    with foreign(file, hint):
+        instances = json.loads(file.read_bytes())
+        for image in instances["images"]:
+            name = image["file_name"]
+            if os.path.basename(name) != name:  # tools.fetch writes files of these names
+                raise ValueError("a file_name in it is a path")
+            add_once(images, image["id"], (name, (image["width"], image["height"])))
+        for one in instances["annotations"]:
+            add_once(annotations, one["id"], (whole(one["image_id"]), one.get("segmentation")))
     return images, annotations
 
 
