@@ -114,16 +114,6 @@ def test_a_pickle_of_python_2_is_read(tmp_path):
     assert all(one.mask.any() for one in samples)
 
 
-def test_a_changed_file_is_read_again(tmp_path):
-    made = make_refcocog(tmp_path)
-    file = tmp_path / "refcocog" / "instances.json"
-    first = photos.read_instances(file, "")
-    assert photos.read_instances(file, "") is first  # cached
-    file.write_text(json.dumps(made.instances | {"annotations": []}))
-    os.utime(file, (1, 1))
-    assert photos.read_instances(file, "")[1] == {}
-
-
 def test_coco_mask_decodes_polygons_and_run_lengths():
     first, second = [2, 2, 6, 2, 6, 5, 2, 5], [8, 1, 9, 1, 9, 3, 8, 3]
     one, other = coco_mask([first], 12, 7), coco_mask([second], 12, 7)
