@@ -16,6 +16,7 @@ import pytest
 import torch
 from makers import contents, refused
 from other_solutions import BODIES
+from test_unseen import some_completions
 from wrong_solutions import SOLUTIONS
 
 import grpo
@@ -62,8 +63,12 @@ for line in sys.stdin:
         sys.argv = json.loads(line)
         os.dup2(os.open("../printed", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 1)
         os.dup2(1, 2)
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        sys.exit()
+        code = 0
+        try:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        except SystemExit as done:
+            code = done.code
+        os._exit(code)  # at once: to free all memory takes longer
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
@@ -96,8 +101,8 @@ def tree(student, tmp_path_factory):
 
         def outcomes(texts, marks):
             found.unlink(missing_ok=True)
-            options = ["-p", "no:cacheprovider", "-p", "assignment.outcomes", "-m", marks]
-            _, printed = run(texts, "pytest", *options, *grade.TESTS, grade.UNSEEN)
+            options = "--tb=line -p no:cacheprovider -p assignment.outcomes -m".split()
+            _, printed = run(texts, "pytest", *options, marks, *grade.TESTS, grade.UNSEEN)
             assert found.exists(), printed
             return json.loads(found.read_text())
 
@@ -439,26 +444,24 @@ def published_terms(name, new, old, advantage):
 
 @pytest.mark.parametrize("name", ["dr_grpo", "gspo", "cispo"])
 def test_loss_and_gradient_of_a_variant_equal_the_published_ones(name):
-    B, G, T = 3, 4, 6
-    generator = torch.Generator().manual_seed(1)
-    new, old = -torch.rand(2, B, G, T, generator=generator, dtype=torch.float64)
-    new.requires_grad_()
-    mask = torch.arange(T) < torch.randint(1, T + 1, (B, G, 1), generator=generator)
-    advantages = torch.randn(B, G, generator=generator, dtype=torch.float64)
+    p = some_completions(B=3)
+    B, G, _ = p.mask.shape
     normalise = "sequence" if name == "gspo" else "token"
     loss, statistics, _ = changed(name).grpo_loss(
-        new, old, None, advantages, mask, beta=0.0, normalise=normalise
+        p.new, p.old, None, p.advantages, p.mask, beta=0.0, normalise=normalise
     )
     expected = 0
     for b in range(B):
-        # Completions in a mean over all tokens, one number each, tokens of a constant length.
-        weight = {"cispo": mask[b].sum(), "gspo": G, "dr_grpo": G * Settings().max_new_tokens}[name]
+        longest = G * Settings().max_new_tokens
+        divisor = {"cispo": p.mask[b].sum(), "gspo": G, "dr_grpo": longest}[name]
         for g in range(G):
-            one = mask[b, g]
-            terms = published_terms(name, new[b, g, one], old[b, g, one], advantages[b, g])
-            expected = expected - terms.sum() / weight / B
+            inside = p.mask[b, g]
+            terms = published_terms(
+                name, p.new[b, g, inside], p.old[b, g, inside], p.advantages[b, g]
+            )
+            expected = expected - terms.sum() / divisor / B
     assert loss.item() == pytest.approx(expected.item())
-    assert torch.allclose(*(torch.autograd.grad(one, new)[0] for one in (loss, expected)))
+    assert torch.allclose(*(torch.autograd.grad(one, p.new)[0] for one in (loss, expected)))
     assert statistics["clip_low"] > 0 and statistics["clip_high"] > 0  # both sides occur
 
 
