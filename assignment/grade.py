@@ -14,11 +14,9 @@ equals the share of the other tests that pass, rounded down. A skipped test does
 passed. If not all tests have run, because of the time limit or because the process ended, none
 counts.
 
-The output is a table, followed by the same results as one line of JSON. Grade this repository
-itself first: this shows whether the hidden tests are correct.
-
-The student's code runs in a separate process with a time limit. This protects against mistakes
-and simple tricks, not against code written to attack the grader. For that, use a container.
+The output is a table, followed by the same results as one line of JSON. The student's code runs in
+a separate process with a time limit. This protects against mistakes and simple tricks, not against
+code written to attack the grader. For that, use a container.
 """
 
 import argparse
