@@ -140,20 +140,22 @@ def test_handout_replaces_the_bodies_of_the_exercises_and_nothing_else(student):
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
         text = handout.refuse_first(text) if script == "samr1_mini.py" else text
+        written = (student / script).read_text()
         reference = ast.parse(text)
-        tree = ast.parse((student / script).read_text())
+        tree = ast.parse(written)
         for number, exercise in EXERCISES.items():
             error = f"raise NotImplementedError({f'exercise {number}: {exercise.title}'!r})"
             for name in exercise.functions if exercise.script == script else ():
                 function = handout.find_functions(tree.body)[name]
                 if exercise.part:
                     assert error in ast.unparse(function)
+                    assert len(re.findall(r"\n +# [1-5]\. ", written)) == 5  # between them
                 else:
                     assert ast.unparse(function.body[1:]) == error
                 function.body = handout.find_functions(reference.body)[name].body
         assert ast.dump(reference) == ast.dump(tree)
         lines = text.split("\n")
-        for line in (student / script).read_text().split("\n"):  # comments too, and in order
+        for line in written.split("\n"):  # comments too, and in order
             if "raise NotImplementedError" not in line:
                 lines = lines[lines.index(line) + 1 :]
 
