@@ -14,10 +14,15 @@ start = rest.rfind("<answer>", 0, max(end, 0))
 answered = start >= 0
 inside = rest[start + len("<answer>") : end] if answered else ""
 around += rest[:start] + rest[end + len("</answer>") :] if answered else ""
-items, good = find_objects(inside, style, text, loosely=answered)
+from plumbing import segzero
+
+others = style in segzero.REQUESTS
+items, good = (
+    segzero.read_answer(inside, style, text, answered) if others else read_answer(inside, answered)
+)
 objects = []
 for item in items:
-    one = read_object(item, style)
+    one = read_object(item, points_asked(style))
     good = good and one.asked_form and bool(one.box) and all(one.points)
     objects.append((one.box, tuple(filter(None, one.points))))
 objects = list(filter(any, objects)) or [(None, ())]
@@ -25,13 +30,11 @@ whole = answered and thought.strip() != "" and around.strip() == ""
 return Answer(whole, good and bool(items), *objects[0], thought.strip(), tuple(objects[1:]))
 """,
     "read_object": """
-box_key, *point_keys = answer_keys(item, style)
-values = [item.get(box_key), *map(item.get, point_keys)]
-quoted = style == "segzero"
-box = numbers(values[0], 4, quoted=quoted)
+values = [item.get("bbox"), *(item.get(f"points_{k + 1}") for k in range(count))]
+box = numbers(values[0], 4)
 if box is not None and (box[2] <= box[0] or box[3] <= box[1]):
     box = None
-points = [numbers(value, 2, quoted=quoted) for value in values[1:]]
+points = [numbers(value, 2) for value in values[1:]]
 return AnsweredObject(box, points, all(type(value) is list and value[1:] for value in values))
 """,
     "sam_prompt": """
