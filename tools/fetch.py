@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -135,14 +136,10 @@ def fetch_images(images: dict[str, tuple[int, int]], folder: Path, jobs: int) ->
     missing = [file_name for file_name in images if not (folder / file_name).is_file()]
     print(f"downloading {len(missing):,} images, about {len(missing) * COCO_MB:,.0f} MB")
     disable_progress_bars("huggingface_hub.http_get")  # one bar for all images
-    failures = []
     pool = ThreadPoolExecutor(jobs)
     try:
-        for reason in tqdm(pool.map(fetch_image, missing), desc="images", total=len(missing)):
-            if reason:
-                failures.append(reason)
-            if len(failures) == GIVE_UP:
-                break
+        reasons = tqdm(pool.map(fetch_image, missing), desc="images", total=len(missing))
+        failures = list(islice(filter(None, reasons), GIVE_UP))
     finally:
         pool.shutdown(cancel_futures=True)
     if failures:
