@@ -100,7 +100,9 @@ def rollout_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
     rows = prompts * s.group_size
     length = -(-(P + s.max_new_tokens) // 16) * 16  # the cache's length is a multiple of 16
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers, heads, V = text.num_hidden_layers, text.num_key_value_heads, text.vocab_size
+    layers = text.num_hidden_layers
+    heads = text.num_key_value_heads
+    V = text.vocab_size
     token = layers * 2 * heads * head * width  # bytes of keys and values
     why = f"{layers} layers x 2 x {heads} heads x {head} x {width} bytes"
     copied = "while they are copied to the completions' rows"
