@@ -4,7 +4,7 @@
 
 The copy has a NotImplementedError in place of the body of each function in EXERCISES. Signatures,
 docstrings, all other code and the tests of the exercises stay. `python -m assignment.next` says
-there which exercise comes next. Other code that shows a solution is left out. A command of
+there which exercise comes next. A command of
 samr1_mini.py that needs an unsolved exercise says so there, before it does anything else.
 """
 
@@ -28,7 +28,6 @@ FILES = """LICENSE .gitignore pyproject.toml requirements.txt constraints.txt TU
     tests/conftest.py tests/expected_step.json tests/requirements.txt""".split()
 # The files with the tests of the exercises.
 TESTS = ["tests/test_reward.py", "tests/test_grpo.py", "tests/test_exercises.py"]
-SHOWS_A_SOLUTION = {"tools/starts.py", "tools/demo.py"}  # of exercise 11; demo imports starts
 README = "assignment/STUDENT.md"  # becomes the README of the copy
 
 
@@ -165,7 +164,7 @@ def handout_files() -> list[str]:
         files = [file for file in (ROOT / folder).rglob("*") if file.is_file()]
         paths += [file.relative_to(ROOT).as_posix() for file in files]
     excluded = re.compile(r"(^|/)(__pycache__|vlm-clean)/|\.tmp$")
-    return sorted(p for p in paths if p not in SHOWS_A_SOLUTION and not excluded.search(p))
+    return sorted(path for path in paths if not excluded.search(path))
 
 
 def copy_files(names: list[str], out: Path) -> None:

@@ -22,7 +22,6 @@ from plumbing.scenes import interior_points
 from plumbing.settings import parse_settings
 from plumbing.vlm import load_vlm
 from tiny.make_vlm import write_answer
-from tools.starts import read_with_starts
 
 QUICK = "--prompts_per_step 2 --group_size 4 --max_new_tokens 32"
 RISE = [(step - 0.5) / 100 for step in range(1, 101)]  # its centred mean is the curve itself
@@ -188,7 +187,7 @@ def test_forced_tokens_are_computed_like_sampled_ones():
     expected = [group[0] for group in policy.texts(completions)]
     assert thoughts.complete(policy, samples, texts, s) == expected
     full, _ = group_logprobs(policy.model, prompts, completions, policy.banned)
-    forced = read_with_starts(policy, samples, texts)
+    forced = policy.read(samples, texts)
     for b, start in enumerate(starts):
         ids, mask = (x[b : b + 1, :, len(start) :] for x in (completions.ids, completions.mask))
         answer = Completions(ids, mask)

@@ -28,7 +28,6 @@ from plumbing.photos import check_plain, check_query, read_picture
 from plumbing.settings import Models, parse, setting
 from reward import Scores, score_completions
 from samr1_mini import load_policy, load_scorer, sample_completions
-from tools.starts import read_with_starts
 
 SCENES = Shapes("heldout")
 FIRST = 2  # number of the scene that the page opens with: three shapes that stand apart
@@ -76,7 +75,7 @@ class Asker:
         policy = self.policy
         off = self.trained and not trained
         with policy.model.disable_adapter() if off else contextlib.nullcontext():
-            prompts = read_with_starts(policy, [sample], [start])
+            prompts = policy.read([sample], [start])
             completions = sample_completions(policy, prompts, self.settings, greedy=True)
         text = policy.texts(completions)[0][0]
         return start + text.removeprefix(policy.opening) if start else text
