@@ -221,12 +221,12 @@ def run(tmp_path_factory, rolled) -> Path:
     for step in (1, 2):
         record = json.dumps({"step": step, "train": train, "heldout": heldout})
         (run / "rollouts" / f"step_{step:05d}.json").write_text(record)
-    report.main([str(run)])
     return run
 
 
 @pytest.fixture(scope="module")
 def page(run) -> str:
+    report.main([str(run)])
     return (run / "report.html").read_text()
 
 
