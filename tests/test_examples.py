@@ -92,6 +92,7 @@ def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
     assert capsys.readouterr().err.count("photograph 1 is missing") == 1
     rewards, means = paid(scorer, source, [answer(samples[3])], [1])
     assert rewards[0] >= 2 and means["skipped"] == 2
+    assert paid(scorer, source, ["", ""], [0, 1])[1]["skipped"] == 0  # each is counted once
 
 
 def test_flags_are_those_of_train_and_missing_trl_gets_a_hint(monkeypatch):
