@@ -56,7 +56,7 @@ def test_a_thinking_model_gets_its_tag_once(asker, monkeypatch):
     start = "<think>the red star</think>"
     text = asker.complete(demo.drawn_scene(2), False, start)
     assert text.startswith(start) and text.count("<think>") == 1
-    ids = demo.read_with_starts(asker.policy, [demo.drawn_scene(2)], [start]).ids[0]
+    ids = asker.policy.read([demo.drawn_scene(2)], [start]).ids[0]
     assert "<think>" not in asker.policy.processor.decode(ids)
     assert asker.complete(demo.drawn_scene(2), False).startswith("<think>")
 
