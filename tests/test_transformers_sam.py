@@ -63,8 +63,7 @@ PROCESSORS = {
 
 
 def randomise(model, seed=0):
-    """Give a model weights that make its masks depend on the prompts. As it is built, all logits
-    are near 0."""
+    """Give a model larger weights than it is built with, so that its masks depend on prompts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -107,25 +106,24 @@ def sam(name, folder):
 
 @pytest.fixture(scope="module")
 def photos():
-    """Images of coloured blocks."""
+    """Images of coloured blocks. Their true masks do not matter."""
     rng = np.random.default_rng(0)
     samples = []
-    for width, height in SIZES:
-        blocks = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
-        mask = np.zeros((height, width), bool)
-        samples.append(Sample(blocks.resize((width, height)), "", mask, ignore=None, id=""))
+    for size in SIZES:
+        blocks = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size)
+        samples.append(Sample(blocks, "", np.zeros(size[::-1], bool), ignore=None, id=""))
     return samples
 
 
 @pytest.fixture(scope="module")
 def mixed(photos):
-    """Prompts of each sort: box and two points, box and one, box only, points only, none."""
+    """Prompts of each sort: box and two points, box and one, box only, points only."""
     rng = np.random.default_rng(0)
     prompts = []
     for sample in photos:
         size = np.array(sample.image.size)
         group = []
-        for has_box, count in ((1, 2), (1, 2), (1, 1), (1, 0), (0, 2), (0, 1), (0, 0)):
+        for has_box, count in ((1, 2), (1, 2), (1, 1), (1, 0), (0, 2), (0, 1)):
             first = rng.uniform(0, 0.5, 2) * size
             last = first + rng.uniform(0.2, 0.5, 2) * size
             points = rng.uniform(0, 1, (count, 2)) * size
@@ -165,11 +163,11 @@ def test_masks_equal_those_of_the_models_own_processor(
     monkeypatch.setitem(reward.DECODER_BYTES, "cpu", 3 * 2 * 32 * 32 * 4)
     overlap = SamScorer(sam, encoder_batch=3).score(photos, mixed, keep_masks=True)
     assert [len(call.args[0]) for call in encode.mock_calls] == [3, 2]
-    # Five sorts of prompts. The decoder does not get the sixth, the empty ones.
+    # Five sorts of prompts: ten with a box and two points, then five of each.
     assert [len(call.args[1]) for call in decode.mock_calls] == [3, 3, 3, 1] + [3, 2] * 4
     chosen = set()
     for b, sample in enumerate(photos):
-        for g, prompt in enumerate(mixed[b][:-1]):
+        for g, prompt in enumerate(mixed[b]):
             logits, ratings = predict(own_model, PROCESSORS[name], sample.image, prompt)
             best = ratings.argmax()
             mask = overlap.masks[b][g]
@@ -177,14 +175,10 @@ def test_masks_equal_those_of_the_models_own_processor(
             clear = logits[best].abs() > 1e-5  # closer to 0, rounding decides
             assert clear.float().mean() > 0.9
             assert torch.equal(mask[clear], logits[best][clear] > 0), (b, prompt)
-            others = [not torch.equal(mask, logits[k] > 0) for k in range(3) if k != best]
-            assert all(others), "the three masks differ, so the choice shows"
             chosen.add(int(best))
-        distances = (overlap.masks[b][:-1, None] != overlap.masks[b][:-1]).float().mean((2, 3))
-        assert ((distances > 0.001) | torch.eye(6, dtype=torch.bool)).all(), "each prompt counts"
+        different = {mask.numpy().tobytes() for mask in overlap.masks[b]}
+        assert len(different) == len(mixed[b]), "each prompt counts"
     assert len(chosen) > 1, chosen
-    assert overlap.prompted.tolist() == [[True] * 6 + [False]] * len(photos)
-    assert not any(masks[-1].any() for masks in overlap.masks)  # of the empty prompts
 
 
 def test_only_the_encoder_runs_in_16_bits(sam, photos, mixed, monkeypatch):
