@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 import warnings
 from pathlib import Path
 
@@ -154,8 +153,10 @@ def test_a_model_that_the_hub_does_not_give_is_refused_at_once(flag, code, messa
 
     # The HTTP package of this version of huggingface_hub.
     package = __import__(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+    asked = []
 
     def answer(request):
+        asked.append(request.url.path)
         if not code:
             raise OSError("no network")
         if code == "GatedRepo" and request.url.path == "/api/models/owner/model":
@@ -164,10 +165,9 @@ def test_a_model_that_the_hub_does_not_give_is_refused_at_once(flag, code, messa
 
     client = package.Client(transport=package.MockTransport(answer))
     monkeypatch.setattr("huggingface_hub.utils._http._GLOBAL_CLIENT", client)
-    started = time.perf_counter()
     said = refused(samr1_mini.evaluate_adapter, samr1_mini.parse_settings("eval", [flag]))
     assert said.startswith(flag.replace("=", " ")) and message in said
-    assert time.perf_counter() - started < 10
+    assert code or len(asked) == 1
 
 
 def test_a_side_that_the_processor_changes_is_refused(vlm):
@@ -238,17 +238,16 @@ def test_an_adapter_that_does_not_fit_is_refused(name, change, message, trained,
 
 
 FITTING = {
-    "bin": (lora(), {"safe_serialization": False}),
+    "bin": (lora(bias="lora_only"), {"safe_serialization": False}),
+    "some layers": (lora(target_modules=["q_proj"], layers_to_transform=[0, 2]), {}),
     "modules_to_save": (lora(modules_to_save=["norm"]), {}),
     "dora": (lora(use_dora=True), {}),
     "rslora": (lora(use_rslora=True), {}),
     "patterns": (lora(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32}), {}),
-    "biases": (lora(bias="lora_only"), {}),
     "pissa": (lora(init_lora_weights="pissa"), {}),
     "tokens": (lora(trainable_token_indices=[3, 5]), {}),
     "parameters": (lora(target_modules=[], target_parameters=["mlp.down_proj.weight"]), {}),
     "head": (lora(target_modules=["lm_head"]), {"save_embedding_layers": True}),
-    "some layers": (lora(target_modules=["q_proj"], layers_to_transform=[0, 2]), {}),
 }
 
 
@@ -393,12 +392,8 @@ WRAPPED = [
 def test_a_checkpoint_of_sam_is_unwrapped(change, sam, tmp_path):
     file = tmp_path / "sam.pth"
     torch.save(change(sam.state_dict()), file)
-    model = load_sam(f"tiny:{file}")
-    assert not any(weight.requires_grad for weight in model.parameters())
-    assert not any(module.training for module in model.modules())
-    found = model.state_dict()
-    for key, tensor in sam.state_dict().items():
-        torch.testing.assert_close(found[key], tensor, atol=1e-3, rtol=1e-3)
+    found = load_sam(f"tiny:{file}").state_dict()
+    torch.testing.assert_close(found, sam.state_dict(), atol=1e-3, rtol=1e-3)
 
 
 NECK = "image_encoder.neck.1.weight"
