@@ -9,6 +9,7 @@ import pytest
 import torch
 from makers import refused
 from peft import LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import samr1_mini
@@ -190,6 +191,12 @@ def lora(**options: object) -> LoraConfig:
     return LoraConfig(**common | options)
 
 
+def one_prompt(processor) -> dict[str, torch.Tensor]:
+    image = Image.linear_gradient("L").convert("RGB")
+    text = f"{processor.image_token}find the red square"
+    return processor(text=[text], images=[image], return_tensors="pt")
+
+
 def save_adapter(folder: Path, config=None, **options: object) -> torch.Tensor:
     """Write an adapter of the tiny model, and return its logits of one prompt."""
     policy = open_tiny("tiny")
@@ -201,7 +208,7 @@ def save_adapter(folder: Path, config=None, **options: object) -> torch.Tensor:
                 if weight.requires_grad:
                     weight.add_(0.05 * torch.randn_like(weight))
         model.save_pretrained(folder, **options)
-    return merge.logits(model.get_base_model(), merge.one_prompt(policy.processor))
+    return merge.logits(model.get_base_model(), one_prompt(policy.processor))
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +273,7 @@ def test_an_adapter_that_fits_is_used_whole(kind, tmp_path):
     spoil(tmp_path / ADAPTER_CONFIG, ("use_new_method", False))
     spoil(tmp_path / ADAPTER_CONFIG, ("new_method_config", {}))
     policy = open_tiny()
-    inputs = merge.one_prompt(policy.processor)
+    inputs = one_prompt(policy.processor)
     base = merge.logits(policy.model, inputs)
     found = merge.logits(load_adapter(policy.model, str(tmp_path)), inputs)
     torch.testing.assert_close(found, expected)
