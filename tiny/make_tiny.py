@@ -1,6 +1,6 @@
 """make_tiny.py - build the embedded models from nothing: tiny/sam.safetensors and tiny/vlm/.
 
-    python -m tiny.make_tiny [--only sam|vlm] [--out tiny]
+    python -m tiny.make_tiny [--out tiny]
 
 Both are the real classes at toy size, trained from random weights on the drawn scenes of
 `data.Shapes` (split "warmup", which samr1_mini.py never reads). They know nothing about
@@ -42,7 +42,6 @@ from tiny.make_vlm import report_vlm, train_vlm
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m tiny.make_tiny", description="Rebuild the models.")
-    parser.add_argument("--only", choices=("sam", "vlm"), help="build one of the two")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent, help="folder to write to"
     )
@@ -50,17 +49,13 @@ def main(argv: list[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # tiny matrices gain nothing, and the data worker needs a core
     torch.set_flush_denormal(True)
-    if options.only != "vlm":
-        train_sam(options.out)
-    if options.only != "sam":
-        train_vlm(options.out)
+    train_sam(options.out)
+    train_vlm(options.out)
     times = os.times()
     minutes = (times.user + times.system + times.children_user + times.children_system) / 60
     print(f"CPU minutes, data workers included: {minutes:.1f}")
-    if (options.out / "sam.safetensors").exists():
-        report_sam(options.out)
-        if (options.out / "vlm").exists():
-            report_vlm(options.out)
+    report_sam(options.out)
+    report_vlm(options.out)
 
 
 if __name__ == "__main__":
