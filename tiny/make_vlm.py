@@ -1,4 +1,4 @@
-"""make_vlm.py - train the tiny VLM of tiny/make_tiny.py from random weights, and measure it."""
+"""make_vlm.py - train the tiny VLM of tiny/make_tiny.py from random weights."""
 
 import random
 import re
@@ -20,12 +20,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-import samr1_mini
 from data import Shapes, messages
-from plumbing.sam import load_sam
 from plumbing.scenes import COLOURS, KINDS, Thing, interior_points, taught_thought
-from plumbing.vlm import load_vlm
-from reward import SamScorer, score_completions
 from tiny.make_sam import jitter_box, middle_points, optimisers, schedule
 
 SIDE = 64  # of the square image that the VLM sees, pixels
@@ -252,26 +248,3 @@ def study(vlm, processor, lessons: VlmLessons, opts: list, title: str) -> None:
         vlm.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     vlm.eval()
-
-
-def report_vlm(out: Path) -> None:
-    """Print what the models reach on held-out scenes, through the code that evaluates a run."""
-    scorer = SamScorer(load_sam(f"tiny:{out / 'sam.safetensors'}"))
-    for stage in ("vlm-clean", "vlm"):
-        path = str(out / stage)
-        policy = load_vlm(path, "cpu", SIDE, "brief")
-        s = samr1_mini.parse_settings("train", ["--vlm", path])
-        rows = samr1_mini.evaluate(policy, scorer, Shapes("heldout"), s, 256, stage)
-        greedy = samr1_mini.compute_metrics(rows)
-        ceiling = samr1_mini.compute_metrics(rows, "ceiling_")
-        batch = [Shapes("train")[i] for i in range(64)]
-        generator = torch.Generator().manual_seed(0)
-        completions = samr1_mini.sample_completions(policy, policy.read(batch), s, generator)
-        sampled = score_completions(scorer, batch, policy.texts(completions), policy.extent)
-        print(
-            f"{stage}: greedy gIoU {greedy['giou']:.3f}, with its box alone "
-            f"{greedy['boxonly']:.3f}; box@0.5 {greedy['box']:.2f}, points inside "
-            f"{greedy['points']:.2f}, format {greedy['format']:.2f}; ceiling {ceiling['giou']:.3f}"
-            f"\n  sampled: mean reward {sampled.reward.mean():.2f} of 6, "
-            f"mask IoU {sampled.iou.mean():.3f}"
-        )
