@@ -57,7 +57,7 @@ SWEEPS = {
         "giou ciou box boxonly points",
         seeds=5,
     ),
-    "ablations": Sweep(  # the paper's Tables 3 and 4 and Figure 4a, 27 runs
+    "ablations": Sweep(  # 27 runs: the paper's Tables 3 and 4 and Figure 4a
         {
             "fixed 0.5": "--accuracy 0.5",
             "fixed 0.7": "--accuracy 0.7",
