@@ -149,7 +149,7 @@ def score_naively(predictor, samples: list[Sample], prompts: list) -> torch.Tens
     return iou
 
 
-def measure(name: str) -> tuple[dict[str, dict[str, float]], float]:
+def measure_time(name: str) -> tuple[dict[str, dict[str, float]], float]:
     """Seconds of each way by phase, and the largest difference of an IoU."""
     sam, samples, prompts = make_case(name)
     predictor = make_predictor(sam)
@@ -180,13 +180,25 @@ def measure(name: str) -> tuple[dict[str, dict[str, float]], float]:
     return rows, (ious["ours"] - ious["cached"]).abs().max().item()
 
 
+def measure_memory(name: str, way: str) -> float:
+    """Peak memory of one way above the weights, MiB: of all images, naive encodes one at a time."""
+    sam, samples, prompts = make_case(name)
+    if way == "naive":
+        return meter.added_mib(score_naively, make_predictor(sam), samples[:1], prompts[:1])
+    return meter.added_mib(SamScorer(sam, DEVICE.type).score, samples, prompts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sam_scoring")
     choices = ("tiny", "vit_b", "vit_l", "vit_h", "sam2")
     parser.add_argument("--sam", choices=choices, nargs="+", default=("tiny", "vit_b"))
     torch.set_num_threads(meter.THREADS)
     for name in parser.parse_args().sam:
-        rows, difference = measure(name)
+        rows, difference = measure_time(name)
+        for way in ("naive", "ours"):
+            rows[way]["MiB"] = meter.in_new_process(
+                measure_memory, name, way, malloc=meter.RETURN_FREED
+            )
         title = f"{name}: B = {B}, G = {G}, {DEVICE}, {meter.THREADS} threads, seconds"
         meter.print_table(title, rows)
         print(f"largest difference of an IoU: {difference:.1e}")
