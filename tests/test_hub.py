@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,7 +27,7 @@ from pyarrow import parquet
 import samr1_mini
 from data import BadSample, RefCOCO
 from plumbing import hub
-from plumbing.sources import load_data
+from plumbing.sources import SPLITS, load_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 SIZES = ((40, 30), (24, 36), (32, 32))  # W, H
@@ -58,32 +59,22 @@ def write(folder, rows: list[dict], part: str = "test") -> str:
 
 
 def test_images_queries_and_masks_are_those_of_the_files(tmp_path):
+    """Also if `datasets` wrote them: it keeps its own types in a file, such as Image."""
     rows = masked_rows()
-    found = load_data(write(tmp_path / "ReasonSeg_val", rows), "heldout")
-    assert len(found) == len(rows)
-    for k, row in enumerate(rows):
-        one = found[k]
-        assert one.query == row["text"] and one.ignore is None
-        assert one.mask.dtype == bool and one.mask.tolist() == row["mask"]
-        assert one.image.size == SIZES[k] and one.image.mode == "RGB"
-        stored = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        assert np.array_equal(one.image, stored)
-        assert one.id == f"ReasonSeg_val-{k}-i{k}-a{k}"
-    assert not found[2].mask.any()
-
-
-def test_a_set_that_datasets_wrote_itself_is_read_the_same(tmp_path):
-    """`datasets` keeps its own types in the file, such as Image. One file may have any name."""
-    rows = masked_rows()
-    plain = load_data(write(tmp_path / "mail@home", rows), "heldout")  # @ starts no ROOT here
+    plain = write(tmp_path / "mail@home", rows)  # @ starts no ROOT here
     written = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     (tmp_path / "typed").mkdir()
-    written.to_parquet(tmp_path / "typed" / "any.parquet")
+    written.to_parquet(tmp_path / "typed" / "any.parquet")  # one file may have any name
     written.save_to_disk(tmp_path / "saved")
-    for folder in ("typed", "saved"):
-        found = load_data(f"hub:{tmp_path}/{folder}", "heldout")
-        for one, other in zip(plain, found, strict=True):
-            assert np.array_equal(one.mask, other.mask) and np.array_equal(one.image, other.image)
+    for spec in (plain, f"hub:{tmp_path}/typed", f"hub:{tmp_path}/saved"):
+        found = load_data(spec, "heldout")
+        assert len(found) == len(rows)
+        for k, (one, row) in enumerate(zip(found, rows, strict=True)):
+            assert one.id == f"{Path(spec).name}-{k}-i{k}-a{k}"
+            assert one.query == row["text"] and one.ignore is None
+            assert one.mask.dtype == bool and one.mask.tolist() == row["mask"]
+            stored = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+            assert one.image.mode == "RGB" and np.array_equal(one.image, stored)
 
 
 BROKEN = {
@@ -173,14 +164,15 @@ def train_set(folder, made, rows: list[dict]) -> str:
 def test_masks_are_joined_by_annotation_and_have_the_original_size(tmp_path, refcocog):
     """They are those that the reader of REFER's files gives for the same annotation."""
     spec = train_set(tmp_path / "refCOCOg_9k_840", refcocog, joined_rows(refcocog))
-    truth, refs = {}, {ref["ref_id"]: ref["ann_id"] for ref in refcocog.refs}
-    for split in ("train", "val", "test"):
+    refs = {ref["ref_id"]: ref["ann_id"] for ref in refcocog.refs}
+    truth = {}
+    for split in SPLITS["refcocog"]:
         for one in RefCOCO("refcocog", refcocog.root, split):
             truth[refs[int(one.id.split("-")[1])]] = one
     found = load_data(spec, "train")
-    kept = {int(one.id.rsplit("_", 1)[1]): one for one in found}
-    assert set(kept) == set(truth)  # none of the miniature's image ids is a multiple of 20
-    for key, one in kept.items():
+    assert len(found) == len(truth)  # none of the image ids is a multiple of 20
+    for one in found:
+        key = int(one.id.rsplit("_", 1)[1])
         assert one.query == f"object {key}" and one.ignore is None
         assert np.array_equal(one.mask, truth[key].mask)
         assert one.image.size == truth[key].image.size
@@ -200,7 +192,9 @@ def test_rows_without_a_partner_are_left_out_and_counted(tmp_path, refcocog, cap
     assert "instances.json" in message and "'no number'" in message
 
 
-def test_refers_val_is_held_out_or_else_rows_on_other_images(tmp_path, refcocog, capsys):
+def test_refers_val_is_held_out_or_else_rows_on_other_images(
+    tmp_path, refcocog, monkeypatch, capsys
+):
     spec = train_set(tmp_path / "set", refcocog, joined_rows(refcocog))
     found = load_data(spec, "heldout")
     assert isinstance(found, RefCOCO)
@@ -208,18 +202,11 @@ def test_refers_val_is_held_out_or_else_rows_on_other_images(tmp_path, refcocog,
     refcocog.refs = []
     write_refer(refcocog)
     assert "no row for heldout" in refused(load_data, spec, "heldout")
-    moved = {41: 60, 57: 80}  # image 60 and 80 are held out
-    for one in [*refcocog.instances["images"], *refcocog.instances["annotations"]]:
-        key = "id" if "file_name" in one else "image_id"
-        one[key] = moved.get(one[key], one[key])
-    write_refer(refcocog)
-    train = load_data(spec, "train")
-    heldout = load_data(spec, "heldout")
-    assert "held out: 2 rows" in capsys.readouterr().err
-    owner = {one["id"]: one["image_id"] for one in refcocog.instances["annotations"]}
-    images = [{owner[int(one.id.rsplit("_", 1)[1])] for one in part} for part in (train, heldout)]
-    assert images[1] == {60, 80} and not images[0] & images[1]
-    assert len(train) + len(heldout) == len(owner)
+    monkeypatch.setattr(hub, "EVERY", 41)
+    train, heldout = (load_data(spec, split) for split in ("train", "heldout"))
+    assert "held out: 1 rows" in capsys.readouterr().err
+    assert [one.id for one in heldout] == ["set-refcocog_41_5002"]
+    assert len(train) == 9 and not any("_41_" in one.id for one in train)
 
 
 def test_broken_training_rows_are_bad_samples(tmp_path, refcocog):
