@@ -16,8 +16,6 @@ from plumbing.sources import load_data
 from tools import fetch
 
 REPO = Path(fetch.__file__).parent.parent
-# pycocotools 2.0.11 under NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 
 
 @pytest.fixture

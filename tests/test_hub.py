@@ -29,7 +29,6 @@ from data import BadSample, RefCOCO
 from plumbing import hub
 from plumbing.sources import SPLITS, load_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 SIZES = ((40, 30), (24, 36), (32, 32))  # W, H
 
 
@@ -222,7 +221,7 @@ def test_broken_training_rows_are_bad_samples(tmp_path, refcocog):
 @pytest.mark.slow
 def test_hub_sets_are_trained_on_and_evaluated(tmp_path, refcocog, capsys):
     spec = train_set(tmp_path / "set", refcocog, joined_rows(refcocog))
-    quick = "--steps 2 --prompts_per_step 2 --group_size 2"
+    quick = "--steps 1 --prompts_per_step 2 --group_size 2"
     run(f"train {quick} --data", spec, "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert results["after"]["n"] == samr1_mini.EVAL_SAMPLES and len(results) == 3

@@ -38,9 +38,6 @@ from plumbing import photos
 from plumbing.photos import check_query, coco_mask, labelme_masks
 from plumbing.sources import SPLITS, load_data
 
-# pycocotools 2.0.11 under NumPy 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
-
 
 @pytest.fixture
 def refcocog(tmp_path):
@@ -256,29 +253,22 @@ def test_a_wrong_name_or_a_missing_file_is_one_line(refcocog, tmp_path):
 
 
 def test_a_broken_or_hostile_annotation_file_is_one_line(refcocog, tmp_path):
-    instances = json.dumps(refcocog.instances)
-    outside = instances.replace("COCO_train2014_000000000025", "../../elsewhere")
+    refs, instances = refcocog.refs_file, refcocog.instances_file
+    valid = json.dumps(refcocog.instances)
+    outside = valid.replace("COCO_train2014_000000000025", "../../elsewhere")
     hostile = f"cos\nmkdir\n(S'{tmp_path / 'ran'}'\ntR."  # it would run `os.mkdir`
     for file, content, reason in (
-        (refcocog.instances_file, "[]", "TypeError"),
-        (refcocog.instances_file, outside, "is a path"),
-        (
-            refcocog.instances_file,
-            instances.replace("5001", "5000"),
-            "two entries have the id 5000",
-        ),
-        (
-            refcocog.instances_file,
-            instances.replace("5001", "5001.5"),
-            "not a whole number: 5001.5",
-        ),
-        (refcocog.refs_file, "garbage", "UnpicklingError"),
-        (refcocog.refs_file, hostile, "mkdir, but it may hold plain data only"),
-        (refcocog.refs_file, pickle.dumps([np.int64(7)]), "write its numbers as int() gives them"),
-        (refcocog.refs_file, pickle.dumps([{"split": "train"}]), "KeyError"),
-        (refcocog.refs_file, pickle.dumps([]), "no expression of split train"),
+        (instances, b"[]", "TypeError"),
+        (instances, outside.encode(), "is a path"),
+        (instances, valid.replace("5001", "5000").encode(), "two entries have the id 5000"),
+        (instances, valid.replace("5001", "5001.5").encode(), "not a whole number: 5001.5"),
+        (refs, b"garbage", "UnpicklingError"),
+        (refs, hostile.encode(), "mkdir, but it may hold plain data only"),
+        (refs, pickle.dumps([np.int64(7)]), "write its numbers as int() gives them"),
+        (refs, pickle.dumps([{"split": "train"}]), "KeyError"),
+        (refs, pickle.dumps([]), "no expression of split train"),
     ):
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        file.write_bytes(content)
         message = refused(load_data, f"refcocog:{refcocog.root}", "train")
         assert file.name in message and reason in message and "move it away and run" in message
         write_refer(refcocog)
