@@ -14,7 +14,7 @@ import pickle
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import samr1_mini
 from plumbing.errors import UserError
@@ -51,15 +51,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def picture(width: int, height: int, seed: int, outlines: Sequence = ()) -> Image.Image:
-    """An image with a shaded, noisy background and some polygons."""
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """A shaded, noisy image."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(60, 150, width)[None, :, None] + np.linspace(0, 60, height)[:, None, None]
-    image = Image.fromarray((ramp + rng.integers(0, 30, (height, width, 3))).astype(np.uint8))
-    for k, outline in enumerate(outlines):
-        colour = [(220, 40, 40), (50, 80, 220), (235, 205, 40)][k % 3]
-        ImageDraw.Draw(image).polygon([tuple(map(int, p)) for p in outline], fill=colour)
-    return image
+    return Image.fromarray((ramp + rng.integers(0, 30, (height, width, 3))).astype(np.uint8))
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -105,7 +101,7 @@ def make_refer(root: Path, name: str) -> SimpleNamespace:
     Each object has its own image, but the first two share one. The annotations take these forms in
     turn: polygon, polygon of two parts, run lengths.
 
-    Returns root, name, refs (as Python reads them), instances, their two files, and jpegs
+    Returns root, refs (as Python reads them), instances, their two files, and jpegs
     {file name: bytes}.
     """
     refs_name, splits = REFER[name]
@@ -121,7 +117,7 @@ def make_refer(root: Path, name: str) -> SimpleNamespace:
         segmentation = [[left], [left, right], crowd][k % 3]
         annotations.append({"id": 5000 + k, "image_id": image_id, "segmentation": segmentation})
         if k != 1:
-            image = picture(width, height, k, [(left[:2], left[2:4], left[4:])])
+            image = picture(width, height, k)
             file_name = f"COCO_train2014_{image_id:012d}.jpg"
             jpegs[file_name] = jpeg(image.convert("L") if k == 3 else image)
             photograph = {"id": image_id, "file_name": file_name}
@@ -131,18 +127,13 @@ def make_refer(root: Path, name: str) -> SimpleNamespace:
         sentences = [{"sent_id": 100 * k + n, "sent": sent} for n, sent in enumerate(sents)]
         refs.append(ref | {"sentences": sentences})
     instances = {"images": photographs, "annotations": annotations}
+    refs = refs[::-1]  # the published lists are not sorted
+    made = SimpleNamespace(root=root, refs=refs, instances=instances, jpegs=jpegs)
+    made.refs_file = root / name / refs_name
+    made.instances_file = root / name / "instances.json"
     (root / name).mkdir(parents=True)
-    (root / IMAGES).mkdir(parents=True, exist_ok=True)
-    made = SimpleNamespace(
-        root=root,
-        name=name,
-        refs=refs[::-1],  # the published lists are not sorted
-        instances=instances,
-        jpegs=jpegs,
-        refs_file=root / name / refs_name,
-        instances_file=root / name / "instances.json",
-    )
     write_refer(made)
+    (root / IMAGES).mkdir(parents=True)
     for file_name, content in jpegs.items():
         (root / IMAGES / file_name).write_bytes(content)
     return made
@@ -167,8 +158,7 @@ def make_reasonseg(root: Path, splits: Iterable[str] = ("train", "val", "test"))
         folder = Path(root) / split
         folder.mkdir(parents=True)
         for k, (name, one) in enumerate(REASONSEG.items()):
-            outlines = [shape["points"] for shape in one["shapes"] if len(shape["points"]) > 1]
-            (folder / f"{name}.jpg").write_bytes(jpeg(picture(*one["size"], k, outlines)))
+            (folder / f"{name}.jpg").write_bytes(jpeg(picture(*one["size"], k)))
             note = {"shapes": one["shapes"], "text": one["text"], "is_sentence": True}
             content = json.dumps(note, ensure_ascii=False).encode("utf-8" if k else "cp1252")
             (folder / f"{name}.json").write_bytes(content)

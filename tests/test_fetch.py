@@ -48,16 +48,6 @@ def published(tmp_path, host):
     return made
 
 
-@pytest.fixture
-def checkpoint(host, monkeypatch) -> bytes:
-    """A small vit_b on the server."""
-    content = random.Random(0).randbytes(700_000)
-    monkeypatch.setattr(fetch, "SAM_FILES", {"vit_b": ("b.pth", len(content))})
-    monkeypatch.setattr(fetch, "SAM_SHA256", {"vit_b": hashlib.sha256(content).hexdigest()})
-    host.files["/sam/b.pth"] = content
-    return content
-
-
 def run(*args) -> None:
     fetch.main([*map(str, args)])
 
@@ -137,7 +127,11 @@ def test_the_second_mirror_is_used_if_the_first_fails(published, host, capsys):
     assert "no mirror" in refused(run, "refcocog", "--out", published.root)
 
 
-def test_a_checkpoint_download_resumes_and_is_checked(tmp_path, host, capsys, checkpoint):
+def test_a_checkpoint_download_resumes_and_is_checked(tmp_path, host, capsys, monkeypatch):
+    checkpoint = random.Random(0).randbytes(700_000)
+    monkeypatch.setattr(fetch, "SAM_FILES", {"vit_b": ("b.pth", len(checkpoint))})
+    monkeypatch.setattr(fetch, "SAM_SHA256", {"vit_b": hashlib.sha256(checkpoint).hexdigest()})
+    host.files["/sam/b.pth"] = checkpoint
     command, file = ("sam", "--model", "vit_b", "--out", tmp_path), tmp_path / "b.pth"
     (tmp_path / "b.pth.part").write_bytes(checkpoint[:300_000])  # of an earlier run
     run(*command)

@@ -188,6 +188,7 @@ def test_training_uses_a_subsample_and_evaluation_uses_everything(refcocog):
     splits = [RefCOCO("refcocog", refcocog.root, split) for split in SPLITS["refcocog"]]
     train, val, test = (one.expressions for one in splits)
     assert load_data(spec, "train").expressions == train
+    assert train[0].id == "refcocog-701-101"  # everywhere, like the ids above
     assert load_data(f"{spec}/train", "train", samples=4).expressions == train[:4]
     for form in (spec, f"{spec}/train", f"{spec}/val", f"{spec}/"):
         assert load_data(form, "heldout", samples=1).expressions == val
@@ -359,7 +360,7 @@ def test_the_type_of_a_shape_is_honoured():
 
 BAD_SHAPES = [
     shape("target", (1, 1), (5, 3), kind="mask"),  # without its pixels
-    shape("target", (1, 1), (5, 4), kind="mask", **png(np.ones((3, 5)))),
+    shape("target", (-1, 1), (3, 3), kind="mask", **png(np.ones((3, 4)))),
     shape("target", (-1, 1), (3, 3), kind="mask", **png(np.ones((3, 5)))),
     shape("target", *box(8, 1, 12, 3)),  # beside the picture: an empty mask would be the truth
     shape("target", (1, 1), (1, 2e5), (2, 2)),  # OpenCV would convert it to any number
