@@ -107,7 +107,7 @@ def test_what_could_not_be_downloaded_is_by_the_same_command(published, host):
 
 def test_fetch_stops_early_if_the_server_is_down(published, host, monkeypatch):
     monkeypatch.setattr(fetch, "GIVE_UP", 2)
-    host.pause = 0.1
+    host.pause = 0.2
     host.files = {"/a.zip": host.files["/a.zip"]}
     command = ("refcocog", "--out", published.root, "--split", "train", "--jobs", 1)
     assert "images are missing" in refused(run, *command)
