@@ -3,12 +3,9 @@ published ones, and a web server that fails on demand.
 
 run(command), refused(action)               a command of samr1_mini.py; the message of a UserError
 read_rows(file), contents(folder)           a log of a run; all bytes in a folder
-make_refcocog(root), make_refcoco(root)     REFER's layout: refs(...).p, instances.json, photographs
+make_refcocog(root), make_refer(root, name) REFER's layout: refs(...).p, instances.json, photographs
 make_reasonseg(root)                        LISA's layout: labelme polygons, UTF-8 and cp1252
 serve()                                     see `Host`
-
-refs_python2.p, beside this file, is REFER's pickle of two objects of `make_refcocog`, written by
-Python 2.7: its strings are bytes, and some are not ASCII.
 """
 
 import contextlib
@@ -17,6 +14,7 @@ import pickle
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -24,22 +22,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import samr1_mini
 from plumbing.errors import UserError
 
 IMAGES = Path("images", "mscoco", "images", "train2014")
-PYTHON2 = Path(__file__).with_name("refs_python2.p")
 
 
 def run(command: str, *more: object) -> None:
     samr1_mini.main([*command.split(), *map(str, more)])
 
 
-def refused(action, *arguments: object, **named: object) -> str:
+def refused(action, *arguments: object, kind: type = UserError, **named: object) -> str:
     """The message of the UserError that an action raises. It must be one line."""
-    with pytest.raises(UserError) as error:
+    with pytest.raises(kind) as error:
         action(*arguments, **named)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -54,17 +51,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def picture(
-    width: int, height: int, seed: int, outlines: tuple = (), mode: str = "RGB"
-) -> Image.Image:
-    """An image with a shaded, noisy background and some polygons."""
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """A shaded, noisy image."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(60, 150, width)[None, :, None] + np.linspace(0, 60, height)[:, None, None]
-    image = Image.fromarray((ramp + rng.integers(0, 30, (height, width, 3))).astype(np.uint8))
-    for k, outline in enumerate(outlines):
-        colour = [(220, 40, 40), (50, 80, 220), (235, 205, 40)][k % 3]
-        ImageDraw.Draw(image).polygon([tuple(map(int, p)) for p in outline], fill=colour)
-    return image.convert(mode)
+    return Image.fromarray((ramp + rng.integers(0, 30, (height, width, 3))).astype(np.uint8))
 
 
 def jpeg(image: Image.Image) -> bytes:
@@ -87,59 +78,65 @@ def runs(mask: np.ndarray) -> list[int]:
     return [0, *counts] if flat[0] else counts
 
 
-def make_refcocog(root: Path, images: bool = True) -> SimpleNamespace:
-    """Write a small RefCOCOg (partition umd) with its photographs.
-
-    Returns root, name, refs (as Python reads them), instances and jpegs {file name: bytes}.
-    """
-    splits = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
-    return make_refer(Path(root), "refcocog", "refs(umd).p", splits, images)
+# {name: (its file of references, the split of each object)}
+REFER = {
+    "refcocog": ("refs(umd).p", ["train"] * 6 + ["val"] * 2 + ["test"] * 2),
+    "refcoco": ("refs(unc).p", ["train"] * 4 + ["val"] * 2 + ["testA"] * 2 + ["testB"] * 2),
+}
 
 
-def make_refcoco(root: Path, images: bool = True) -> SimpleNamespace:
-    """Write a small RefCOCO (partition unc), which has two test splits."""
-    splits = ["train"] * 4 + ["val"] * 2 + ["testA", "testA", "testB", "testB"]
-    return make_refer(Path(root), "refcoco", "refs(unc).p", splits, images)
+def write_refer(made: SimpleNamespace) -> None:
+    """Write the annotations of `make_refer`, also after a change."""
+    made.refs_file.write_bytes(pickle.dumps(made.refs, protocol=2))
+    made.instances_file.write_text(json.dumps(made.instances))
 
 
-def make_refer(root: Path, name: str, refs_name: str, splits: list[str], images: bool):
-    """Write one object per entry of `splits`.
+def make_refcocog(root: Path) -> SimpleNamespace:
+    return make_refer(root, "refcocog")
+
+
+def make_refer(root: Path, name: str) -> SimpleNamespace:
+    """Write a set of REFER, with one object per split in `REFER[name]`, and its photographs.
 
     Each object has its own image, but the first two share one. The annotations take these forms in
-    turn: polygon, polygon of two parts, run lengths of a crowd.
+    turn: polygon, polygon of two parts, run lengths.
+
+    Returns root, refs (as Python reads them), instances, their two files, and jpegs
+    {file name: bytes}.
     """
+    refs_name, splits = REFER[name]
     sizes = [(96, 72), (72, 96), (80, 80), (100, 60)]
     photographs, annotations, refs, jpegs = [], [], [], {}
     for k, split in enumerate(splits):
         image_id = 9 + 16 * max(k, 1)
         width, height = sizes[max(k, 1) % 4]
-        file_name = f"COCO_train2014_{image_id:012d}.jpg"
         x, y, r = 20.5 + 5 * k, 25.25 + 2 * k, 12.0
         left = [x - r, y - r, x + r, y - r / 2, x, y + r]
         right = [x + r + 2, y, x + 2 * r, y + 3, x + r + 1, y + r]
         crowd = {"counts": runs(ellipse(width, height, x, y, r)), "size": [height, width]}
-        annotation = {"id": 5000 + k, "image_id": image_id, "category_id": 1, "iscrowd": k % 3 // 2}
-        annotation |= {"area": 1.0, "bbox": [x - r, y - r, 2 * r, 2 * r]}
-        annotations.append(annotation | {"segmentation": [[left], [left, right], crowd][k % 3]})
+        segmentation = [[left], [left, right], crowd][k % 3]
+        annotations.append({"id": 5000 + k, "image_id": image_id, "segmentation": segmentation})
         if k != 1:
-            outline, mode = (left[:2], left[2:4], left[4:]), "L" if k == 3 else "RGB"
-            jpegs[file_name] = jpeg(picture(width, height, k, (outline,), mode))
+            image = picture(width, height, k)
+            file_name = f"COCO_train2014_{image_id:012d}.jpg"
+            jpegs[file_name] = jpeg(image.convert("L") if k == 3 else image)
             photograph = {"id": image_id, "file_name": file_name}
-            photographs.append(photograph | {"height": height, "width": width, "license": 1})
+            photographs.append(photograph | {"height": height, "width": width})
         ref = {"ref_id": 700 + k, "ann_id": 5000 + k, "image_id": image_id, "split": split}
         sents = [f"the red thing number {k} seen from side {n}" for n in range(1 + (k * 2) % 3)]
         sentences = [{"sent_id": 100 * k + n, "sent": sent} for n, sent in enumerate(sents)]
-        refs.append(ref | {"sentences": sentences, "category_id": 1})
+        refs.append(ref | {"sentences": sentences})
     instances = {"images": photographs, "annotations": annotations}
-    instances["categories"] = [{"id": 1, "name": "thing", "supercategory": "any"}]
     refs = refs[::-1]  # the published lists are not sorted
-    (root / name).mkdir(parents=True, exist_ok=True)
-    (root / IMAGES).mkdir(parents=True, exist_ok=True)
-    (root / name / refs_name).write_bytes(pickle.dumps(refs, protocol=2))
-    (root / name / "instances.json").write_text(json.dumps(instances))
-    for file_name, content in jpegs.items() if images else ():
+    made = SimpleNamespace(root=root, refs=refs, instances=instances, jpegs=jpegs)
+    made.refs_file = root / name / refs_name
+    made.instances_file = root / name / "instances.json"
+    (root / name).mkdir(parents=True)
+    write_refer(made)
+    (root / IMAGES).mkdir(parents=True)
+    for file_name, content in jpegs.items():
         (root / IMAGES / file_name).write_bytes(content)
-    return SimpleNamespace(root=root, name=name, refs=refs, instances=instances, jpegs=jpegs)
+    return made
 
 
 def shape(label: str, *points: tuple[float, float], kind: str = "polygon", **more) -> dict:
@@ -155,78 +152,69 @@ def box(x1: float, y1: float, x2: float, y2: float) -> list[tuple[float, float]]
 REASONSEG = json.loads(Path(__file__).with_name("reasonseg.json").read_text("utf-8"))
 
 
-def make_reasonseg(
-    root: Path, splits: tuple[str, ...] = ("train", "val", "test")
-) -> SimpleNamespace:
-    """Write a small ReasonSeg with the same five images in each split. Returns root and names."""
+def make_reasonseg(root: Path, splits: Iterable[str] = ("train", "val", "test")) -> list[str]:
+    """Write a small ReasonSeg with the same images in each split. Returns their names."""
     for split in splits:
         folder = Path(root) / split
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         for k, (name, one) in enumerate(REASONSEG.items()):
-            outlines = [shape["points"] for shape in one["shapes"] if len(shape["points"]) > 1]
-            (folder / f"{name}.jpg").write_bytes(jpeg(picture(*one["size"], k, outlines)))
+            (folder / f"{name}.jpg").write_bytes(jpeg(picture(*one["size"], k)))
             note = {"shapes": one["shapes"], "text": one["text"], "is_sentence": True}
             content = json.dumps(note, ensure_ascii=False).encode("utf-8" if k else "cp1252")
             (folder / f"{name}.json").write_bytes(content)
-    return SimpleNamespace(root=Path(root), names=sorted(REASONSEG))
+    return sorted(REASONSEG)
 
 
-class Host:
+class Host(ThreadingHTTPServer):
     """A web server on this machine.
 
     files:    what it serves, {path: bytes}. It supports Range requests.
     faults:   {path: [fault, ...]}. Each request uses up one fault: an HTTP status, or "drop" (the
-              connection ends half way), or None (no fault).
+              connection ends half way).
     pause:    seconds that each answer takes.
     requests: [(path, Range or None), ...].
     """
 
+    daemon_threads = True
+
     def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.requests, self.pause = {}, {}, [], 0.0
-        host = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                host.requests.append((self.path, self.headers.get("Range")))
-                faults = host.faults.get(self.path) or [None]
-                host.faults[self.path] = faults[1:]
-                time.sleep(host.pause)
-                with contextlib.suppress(OSError):  # the client may close the connection
-                    host.answer(self, faults[0])
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def count(self) -> Counter:
         return Counter(path for path, _ in self.requests)
 
-    def answer(self, handler: BaseHTTPRequestHandler, fault: int | str | None) -> None:
-        body = self.files.get(handler.path)
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        part = self.headers.get("Range")
+        self.server.requests.append((self.path, part))
+        faults = self.server.faults.get(self.path)
+        fault = faults.pop(0) if faults else None
+        time.sleep(self.server.pause)
+        body = self.server.files.get(self.path)
         if isinstance(fault, int) or body is None:
-            return handler.send_error(fault or 404)
-        start = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        rest = body[start:]
-        handler.send_response(206 if start else 200)
-        if start:
-            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        handler.send_header("Content-Length", str(len(rest)))
-        handler.end_headers()
-        handler.wfile.write(rest[: len(rest) // 2] if fault == "drop" else rest)
+            return self.send_error(fault or 404)
+        start = int((part or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if part else 200)
+        if part:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client may close the connection
+            self.wfile.write(body[start : len(body) // 2 if fault == "drop" else None])
+
+    def log_message(self, *args):
+        pass
 
 
 @contextlib.contextmanager
 def serve():
     """Run a `Host` in a thread."""
-    host = Host()
-    thread = threading.Thread(target=host.server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield host
-    finally:
-        host.server.shutdown()
-        host.server.server_close()
-        thread.join()
+    with Host() as host:
+        threading.Thread(target=host.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield host
+        finally:
+            host.shutdown()
