@@ -56,8 +56,6 @@ def test_a_run_writes_its_files(whole_run):
     assert not list(whole_run.rglob("*.tmp*"))
     assert len({file.stat().st_mode for file in (whole_run / "adapter").iterdir()}) == 1
     assert set(json.loads((whole_run / "eval.json").read_text())) == {"before", "after", "ceiling"}
-    config = json.loads((whole_run / "config.json").read_text())
-    assert config["steps"] == 4 and config["out"] == str(whole_run) and not config["resume"]
 
 
 def test_the_metrics_of_a_run_are_complete_and_consistent(whole_run):
