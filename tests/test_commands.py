@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -34,13 +35,6 @@ pytestmark = pytest.mark.usefixtures("quick_pictures")  # `evaluated` draws its 
 
 def answers(out: Path) -> list[dict]:
     return read_rows(out / "answers.jsonl")
-
-
-@pytest.fixture(scope="module")
-def policy_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "local-vlm"
-    shutil.copytree(vlm_path("tiny"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +91,11 @@ def test_an_interrupted_eval_continues(evaluated, tmp_path, monkeypatch):
     cut = Path(shutil.copytree(evaluated, tmp_path / "cut"))
     lines = (evaluated / "answers.jsonl").read_text().splitlines(keepends=True)
     (cut / "answers.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed within a line
-    evaluate_batch, indices = samr1_mini.evaluate_batch, []
-
-    def noted(policy, scorer, batch, s):
-        indices.extend(int(one.id.rsplit("-", 1)[1]) for one in batch)
-        return evaluate_batch(policy, scorer, batch, s)
-
-    monkeypatch.setattr(samr1_mini, "evaluate_batch", noted)
+    evaluate_batch = Mock(wraps=samr1_mini.evaluate_batch)
+    monkeypatch.setattr(samr1_mini, "evaluate_batch", evaluate_batch)
     run("eval --resume --out", cut)
-    assert indices == [2, 3, 4, 5]
+    ids = [one.id for call in evaluate_batch.call_args_list for one in call.args[2]]
+    assert ids == [row["id"] for row in answers(evaluated)[2:]]
     for name in ("answers.jsonl", "eval.json"):
         assert (cut / name).read_text() == (evaluated / name).read_text()
     assert Image.open(evaluated / "sheet.png").width > 500
@@ -291,7 +281,7 @@ def test_help_lists_the_commands_and_the_settings(capsys):
 
 
 @pytest.mark.slow
-def test_train_and_eval_on_refcocog(refcocog, policy_folder, tmp_path, capsys, monkeypatch):
+def test_train_and_eval_on_refcocog(refcocog, tmp_path, capsys, monkeypatch):
     """With a policy and a SAM from files. Bad samples are skipped and counted.
 
     The SAM is a ViT-B with two of its twelve layers, without and with global attention, for images
@@ -303,7 +293,7 @@ def test_train_and_eval_on_refcocog(refcocog, policy_folder, tmp_path, capsys, m
     images = sorted(refcocog.rglob("*.jpg"))
     images[0].write_bytes(images[0].read_bytes()[:200])
     images[1].unlink()
-    models = ["--vlm", policy_folder, "--sam", f"vit_b:{tmp_path}/vit_b.pth"]
+    models = ["--vlm", vlm_path("tiny"), "--sam", f"vit_b:{tmp_path}/vit_b.pth"]
     out, data = tmp_path / "run", f"refcocog:{refcocog}"
     quick = "--steps 3 --prompts_per_step 2 --group_size 2"
     run(f"train {quick} --data", data, *models, "--out", out)
@@ -318,21 +308,19 @@ def test_train_and_eval_on_refcocog(refcocog, policy_folder, tmp_path, capsys, m
     assert "gIoU 75.4, cIoU 73.1" in printed and "in the paper" in printed
 
 
-def test_skipped_samples_keep_their_places_and_are_tried_again(
-    refcocog, policy_folder, tmp_path, capsys
-):
+def test_skipped_samples_keep_their_places_and_are_tried_again(refcocog, tmp_path, capsys):
     """They count in no metric. In the end, the answers are those of a whole evaluation."""
     out = tmp_path / "eval"
-    data = ("--vlm", policy_folder, "--data", f"refcocog:{refcocog}/test", "--out")
+    command = f"eval --data refcocog:{refcocog}/test --out"
     heldout = load_data(f"refcocog:{refcocog}/test", "heldout")
     name = heldout.expressions[0].image[0]
     file = heldout.folder / name
     file = file.rename(file.with_suffix(".away"))
-    run("eval", *data, out)
+    run(command, out)
     ids = [None if one.image[0] == name else one.id for one in heldout.expressions]
-    for command in ("", "eval --resume --out"):  # at the second time, it is still missing
-        if command:
-            run(command, out)
+    for again in (False, True):  # the second time, it is still missing
+        if again:
+            run("eval --resume --out", out)
         assert [row.get("id") for row in answers(out)] == ids and len(set(ids)) > 1
         assert all(name in row["skipped"] for row in answers(out) if "id" not in row)
     assert f"{ids.count(None)} samples could not be used" in capsys.readouterr().out
@@ -340,7 +328,7 @@ def test_skipped_samples_keep_their_places_and_are_tried_again(
     assert {row["n"] for row in results.values()} == {len(ids) - ids.count(None)}
     file.rename(file.with_suffix(".jpg"))
     run("eval --resume --out", out)
-    run("eval", *data, tmp_path / "whole")
+    run(command, tmp_path / "whole")
     assert answers(out) == answers(tmp_path / "whole") and None not in answers(out)
     assert (out / "eval.json").read_text() == (tmp_path / "whole" / "eval.json").read_text()
 
