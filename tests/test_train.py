@@ -292,8 +292,16 @@ class Sampled:
     def update(self, old, reference):
         optimizer = torch.optim.AdamW(self.weights, 1e-2)
         advantages = torch.tensor([[1.0, -1.0], [2.0, 0.5], [-1.0, 1.0], [0.3, -2.0]])
-        fixed = (self.prompts, self.completions, advantages, old, reference, self.s)
-        return samr1_mini.update(self.policy, optimizer, *fixed)
+        return samr1_mini.update(
+            self.policy,
+            optimizer,
+            self.prompts,
+            self.completions,
+            advantages,
+            old,
+            reference,
+            self.s,
+        )
 
 
 def test_old_logprobs_are_the_policys_and_reference_ones_the_base_models():
