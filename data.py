@@ -270,29 +270,23 @@ class RefCOCO:
             return Sample(image, photos.check_query(one.query), mask, None, one.id)
 
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # suffixes; the first is that of LISA
-
-
 class ReasonSeg:
     """A split of ReasonSeg (LISA, arXiv 2308.00692): ROOT/<split>/NAME.jpg with NAME.json.
 
-    The picture may also be a .jpeg, .png or .webp, in small or capital letters, but where there is
-    a .jpg, LISA reads that one. The constructor raises UserError if the folder is empty or OpenCV
-    is missing. [index] returns a `Sample` or raises `BadSample`. The query is the first text of the
-    image, and the masks equal those of LISA's reader. An image without a target is a bad sample in
-    train, because it teaches nothing. In val and test its correct answer is an empty mask.
+    The constructor raises UserError if the folder is empty or OpenCV is missing. [index] returns a
+    `Sample` or raises `BadSample`. The query is the first text of the image, and the masks equal
+    those of LISA's reader. An image without a target is a bad sample in train, because it teaches
+    nothing. In val and test its correct answer is an empty mask.
     """
 
     def __init__(self, root: Path | str, split: str):
+        from plumbing import photos
+
         self.split = split
         self.folder = Path(root) / split
         self.hint = "python -m tools.fetch reasonseg"  # it explains how to get them
-        self.files = {}  # name: {suffix: file}
-        for file in sorted(self.folder.glob("[!.]*")):
-            self.files.setdefault(file.stem, {})[file.suffix.lower()] = file
-        # A .png without a .json is no sample: it may be the mask of one.
-        needed = {".json", ".jpg", ".jpeg"}
-        self.names = sorted(name for name, files in self.files.items() if needed & set(files))
+        self.files = photos.labelme_files(self.folder)  # of each name, by suffix
+        self.names = sorted(self.files)
         if not self.names:
             raise UserError(f"{self.folder} has no .jpg and .json files. Run: {self.hint}")
         try:  # here, so that the run ends instead of skipping every sample
@@ -307,13 +301,9 @@ class ReasonSeg:
         from plumbing import photos
 
         name = self.names[index]
-        files = self.files[name]
-        file = files.get(".json", self.folder / f"{name}.json")
+        file = self.files[name].get(".json", self.folder / f"{name}.json")
         with photos.foreign(file, self.hint, kind=BadSample):
-            found = [files[suffix] for suffix in PICTURES if suffix in files]
-            if len(found) > 1 and ".jpg" not in files:
-                raise UserError(f"{found[0].name} and {found[1].name} have its name: keep one")
-            picture = found[0] if found else self.folder / f"{name}.jpg"
+            picture = photos.labelme_picture(self.files[name]) or self.folder / f"{name}.jpg"
             image = photos.read_image(picture, self.hint)
             text, shapes = photos.read_labelme(file, image.size)
             query = photos.check_query(text)

@@ -37,10 +37,9 @@ from PIL import Image
 from segment_anything.modeling import PromptEncoder, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from plumbing.answers import answer_keys, find_objects, numbers
+from plumbing.answers import numbers, points_asked, read_answer
 from plumbing.devices import half_precision, to_device
 from plumbing.rewards import box_ious
-from plumbing.sam import load_weights, restore_weights
 
 # --------------------------------------------------------------------------------------------------
 # Text to numbers
@@ -55,7 +54,7 @@ class Answer(NamedTuple):
     box: tuple[float, ...] | None  # x1, y1, x2, y2 with x1 < x2 and y1 < y2
     points: tuple[tuple[float, ...], ...]  # the valid ones of the two, (x, y) each
     thought: str  # the reasoning, "" if there is none
-    others: tuple[tuple, ...] = ()  # "visionreasoner": box and points of each further object
+    others: tuple[tuple, ...] = ()  # box and points of each further object, where one may be listed
 
 
 def parse_answer(text: str, style: str = "full") -> Answer:
@@ -71,11 +70,10 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     0..1 are valid too: they are read in the unit that the prompt asks for, so such a box is smaller
     than a pixel, and the accuracy reward judges it. What is clear but not in the right form, such
     as JSON within prose, gives a box and points, but earns no answer format
-    (`plumbing.answers.find_objects`).
+    (`plumbing.answers.read_answer`).
 
-    style: of the prompt. "segzero" and "visionreasoner" are read as these systems' evaluations read
-           them. The answer of the latter is a list of objects with one point each. All must be
-           valid for the answer format.
+    style: of the prompt. Answers to the prompts of other systems are read in plumbing/segzero.py.
+           They may hold several objects, and all must be valid for the answer format.
 
     >>> text = '<think>the red one</think><answer>{"points_1":[3,4], "bbox":[1,2,5.5,6]}</answer>'
     >>> answer = parse_answer(text)
@@ -98,14 +96,18 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     only_blocks = not (outside + before + after).strip()
     think_format = bool(thought.strip()) and answered and only_blocks
 
-    items, asked_form = find_objects(inside, style, text, loosely=answered)
-    objects = [read_object(item, style) for item in items]
+    if style in ("brief", "full"):
+        items, asked_form = read_answer(inside, loosely=answered)
+    else:
+        from plumbing import segzero  # only with these two styles
+
+        items, asked_form = segzero.read_answer(inside, style, text, loosely=answered)
+    objects = [read_object(item, points_asked(style)) for item in items]
     valid = [one.asked_form and one.box is not None and None not in one.points for one in objects]
     answer_format = asked_form and any(valid) and all(valid)  # all([]) is True
     found = [(one.box, tuple(point for point in one.points if point)) for one in objects]
     found = [(box, points) for box, points in found if box or points]
     (box, points), *others = found or [(None, ())]
-    # The first object is the answer. There are others for "visionreasoner" only.
     return Answer(think_format, answer_format, box, points, thought.strip(), tuple(others))
 
 
@@ -117,26 +119,25 @@ class AnsweredObject(NamedTuple):
     asked_form: bool  # the box and the points are lists of numbers
 
 
-def read_object(item: dict, style: str) -> AnsweredObject:
+def read_object(item: dict, count: int = 2) -> AnsweredObject:
     """The box and the points of one object of an answer, each of them valid or None.
 
     A box is valid if it is four finite numbers with x1 < x2 and y1 < y2: SAM would draw a plausible
     mask of swapped corners. A tuple, or a list in a list, is read too, but it is not the form that
-    the prompt asks for. style: of the prompt. With "segzero" numbers may stand in quotes.
+    the prompt asks for. count: number of points that it asks for.
 
-    >>> read_object({"bbox": [1, 2, 5, 6], "points_1": [3, 4], "points_2": (3, 4)}, "full")
+    >>> read_object({"bbox": [1, 2, 5, 6], "points_1": [3, 4], "points_2": (3, 4)})
     AnsweredObject(box=(1.0, 2.0, 5.0, 6.0), points=[(3.0, 4.0), (3.0, 4.0)], asked_form=False)
-    >>> read_object({"bbox": [5, 2, 1, 6], "points_1": [3, 4], "points_2": [3]}, "full")
+    >>> read_object({"bbox": [5, 2, 1, 6], "points_1": [3, 4], "points_2": [3]})
     AnsweredObject(box=None, points=[(3.0, 4.0), None], asked_form=False)
     """
-    quoted = style == "segzero"
-    values = [item.get(key) for key in answer_keys(item, style)]
-    box = numbers(values[0], count=4, quoted=quoted)
+    values = [item.get(key) for key in ("bbox", "points_1", "points_2")[: 1 + count]]
+    box = numbers(values[0], count=4)
     if box and not (box[0] < box[2] and box[1] < box[3]):
         box = None
     return AnsweredObject(
         box=box,
-        points=[numbers(point, count=2, quoted=quoted) for point in values[1:]],
+        points=[numbers(point, count=2) for point in values[1:]],
         asked_form=all(isinstance(value, list) and len(value) > 1 for value in values),
     )
 
@@ -388,7 +389,7 @@ class SamScorer:
         prompts: B lists of G prompts, in image pixels. An empty prompt gets an empty mask. A prompt
                  with several objects gets the union of their masks.
         """
-        host = load_weights(self.sam, self.device) if self.offload else None
+        self.sam.to(self.device)  # it is somewhere else only with `offload`
         embeddings, factors = self.encode([sample.image for sample in samples])
         objects = [[one for prompt in group for one in prompt.objects] for group in prompts]
         logits = self.best_logits(embeddings, factors, objects).split(list(map(len, objects)))
@@ -409,7 +410,7 @@ class SamScorer:
             if keep_masks:
                 masks.append(mask)
         if self.offload:
-            restore_weights(self.sam, host)
+            self.sam.to("cpu")
         prompted = [
             [any(one.box or one.points for one in prompt.objects) for prompt in group]
             for group in prompts
@@ -443,8 +444,9 @@ class SamScorer:
         embeddings, factors: of `encode`. h, w: size of the last level of the embeddings.
         objects: B lists of prompts, each of one object.
         """
+        # Prompts are stored image by image. image_of[k] is the image that prompt k is about.
         prompts = [one for group in objects for one in group]
-        image = torch.tensor([b for b, group in enumerate(objects) for _ in group])
+        image_of = torch.tensor([b for b, group in enumerate(objects) for _ in group])
         h, w = embeddings[-1].shape[2:]
         best = embeddings[-1].new_full((len(prompts), 4 * h, 4 * w), -1.0)  # -1: outside the mask
         largest = max(level[0].nbytes for level in embeddings)
@@ -457,7 +459,7 @@ class SamScorer:
         groups.pop((False, 0), None)  # nothing to decode: the mask stays empty
         for (has_box, point_count), members in groups.items():
             for prompt_index in torch.tensor(members).split(at_once):
-                image_index = image[prompt_index]
+                image_index = image_of[prompt_index]
                 chosen = [prompts[k] for k in prompt_index.tolist()]  # N prompts
                 factor = factors[image_index]  # (N, 2)
                 boxes = points = None

@@ -353,13 +353,17 @@ def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metri
 # --------------------------------------------------------------------------------------------------
 
 
-def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) -> list[dict]:
+def evaluate_batch(
+    policy: Policy, scorer: SamScorer, batch: list[Sample], s, recount=None
+) -> list[dict]:
     """Greedy answers to a batch and their overlap with the truth, one row for each sample.
 
     SAM gets three prompts for each sample: the policy's; the true box with two good points (columns
     that begin with "ceiling_"); and the policy's box without its points ("boxonly_"). Boxes and
-    points are in image pixels, intersection and union in pixels. `eval` counts them in two ways,
-    see plumbing/evaluation.py.
+    points are in image pixels, intersection and union in pixels.
+
+    recount: None, or a function of a row, its three masks, its sample and its `Answer` that returns
+             columns in their place. `eval` counts in two ways, see plumbing/evaluation.py.
     """
     completions = sample_completions(policy, policy.read(batch), s, greedy=True)
     texts = [group[0] for group in policy.texts(completions)]
@@ -371,8 +375,7 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
         boxes = tuple(SamPrompt(other.box, ()) for other in ours.others)
         box_only = SamPrompt(ours.box, (), boxes)
         prompts.append([ours, ceiling, box_only])
-    by_protocol = hasattr(s, "protocol")  # `train` counts as LISA does, without the masks
-    overlap = scorer.score(batch, prompts, keep_masks=by_protocol)
+    overlap = scorer.score(batch, prompts, keep_masks=recount is not None)
     # (B, 3) each; one wait for the GPU, not one for each number
     counts = {name: getattr(overlap, name).tolist() for name in ("intersection", "union", "iou")}
     box_ious = rewards.box_ious(batch, prompts).tolist()
@@ -395,50 +398,38 @@ def evaluate_batch(policy: Policy, scorer: SamScorer, batch: list[Sample], s) ->
         for k, prefix in enumerate(intervals.PREFIXES):
             for name, values in counts.items():
                 row[prefix + name] = values[b][k]
-        rows.append(row)
-    if by_protocol:
-        from plumbing import evaluation  # not for training
-
-        for row, masks, one, answer in zip(rows, overlap.masks, batch, answers, strict=True):
-            readable = evaluation.is_readable(answer, policy.prompt)
-            row |= evaluation.count(row, masks, one, readable, s)
+        rows.append(row | (recount(row, overlap.masks[b], one, answer) if recount else {}))
     return rows
 
 
-def evaluate(policy, scorer, dataset, s, count: int, title: str, rows=(), log=None) -> list[dict]:
-    """`evaluate_batch` on the first `count` samples. `rows` are done already; all go to the file
-    `log`.
+def evaluate(policy, scorer, dataset, s, count: int, title: str, answers=None) -> list[dict]:
+    """`evaluate_batch` on the first `count` samples.
 
-    A sample that cannot be used gets a row that says why. It counts in no metric. If it is among
-    `rows`, it is tried again: its file may be mended. Raises UserError if there is no other.
+    A sample that cannot be used gets a row that says why. It counts in no metric.
+
+    answers: None, or the `plumbing.evaluation.Answers` of `eval`: only the samples that are missing
+             there are evaluated, and each batch is added to it.
     """
     policy.model.eval()
-    rows = list(rows)
-    count = min(count, len(dataset))
-    again = [index for index, row in enumerate(rows) if "skipped" in row]
-    indices = again + list(range(len(rows), count))
-    batches = slices(0, len(indices), rollout_prompts(s))
-    for batch in tqdm(batches, desc=f"eval {title}", unit="batch", leave=False):
-        usable, found = {}, {}  # sample and row of each index
+    indices = answers.missing() if answers else list(range(min(count, len(dataset))))
+    rows = {}
+    for batch in tqdm(
+        slices(0, len(indices), rollout_prompts(s)), f"eval {title}", unit="batch", leave=False
+    ):
+        usable = {}
         for index in indices[batch]:
             try:
                 usable[index] = dataset[index]
             except BadSample as error:
-                found[index] = {"skipped": str(error)}
+                rows[index] = {"skipped": str(error)}
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         if usable:
-            scored = evaluate_batch(policy, scorer, list(usable.values()), s)
-            found |= dict(zip(usable, scored, strict=True))  # the keys of `usable` are indices
-        done = len(rows)
-        rows = [found.get(index, row) for index, row in enumerate(rows)]
-        rows += [found[index] for index in range(done, max(found) + 1)]
-        if log and min(found) < done:
-            runs.write_lines(log, rows)
-        elif log:
-            runs.append_lines(log, rows[done:])
-    if all("skipped" in row for row in rows):
-        raise UserError(f"--data {s.data}: none of {len(rows)} samples can be used: mend the files")
-    return rows
+            recount = answers.recount if answers else None
+            scored = evaluate_batch(policy, scorer, list(usable.values()), s, recount)
+            rows |= dict(zip(usable, scored, strict=True))  # the keys of `usable` are indices
+        if answers:
+            answers.add({index: rows[index] for index in indices[batch]})
+    return answers.rows if answers else [rows[index] for index in indices]
 
 
 def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
@@ -456,7 +447,10 @@ def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
     {'giou': 0.3, 'ciou': 0.16666666666666666, 'format': 0.5, 'box': 0.5, 'points': 0.5,
      'boxonly': 0.2, 'giou_95': [0.1, 0.5], 'ciou_95': [0.1, 0.5], 'n': 2}
     """
+    skipped = [row for row in rows if "skipped" in row]
     rows = [row for row in rows if "skipped" not in row]
+    if skipped and not rows:
+        raise UserError(f"--data: none of {len(skipped)} samples can be used: mend the files")
     n = max(len(rows), 1)
     union = sum(row[prefix + "union"] for row in rows)
     result = {"giou": sum(row[prefix + "iou"] for row in rows) / n}
@@ -485,10 +479,9 @@ def evaluate_adapter(s) -> None:
     scorer = load_scorer(s, policy.device)
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
-    done = evaluation.start_answers(out, s, count)
+    answers = evaluation.Answers(out, s, count, policy.prompt)
     with continued_by(runs.resume_command("eval", out)):
-        log = out / "answers.jsonl"
-        rows = evaluate(policy, scorer, heldout, s, count, s.data, done, log)
+        rows = evaluate(policy, scorer, heldout, s, count, s.data, answers)
     results = evaluation.metrics(rows, compute_metrics, trained, s)
     if other:
         headline = results[trained]["protocol"]

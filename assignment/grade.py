@@ -14,11 +14,9 @@ equals the share of the other tests that pass, rounded down. A skipped test does
 passed. If not all tests have run, because of the time limit or because the process ended, none
 counts.
 
-The output is a table, followed by the same results as one line of JSON. Grade this repository
-itself first: this shows whether the hidden tests are correct.
-
-The student's code runs in a separate process with a time limit. This protects against mistakes
-and simple tricks, not against code written to attack the grader. For that, use a container.
+The output is a table, followed by the same results as one line of JSON. The student's code runs in
+a separate process with a time limit. This protects against mistakes and simple tricks, not against
+code written to attack the grader. For that, use a container.
 """
 
 import argparse
@@ -33,36 +31,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from symtable import symtable
 
-from assignment.handout import (
-    BY_HAND,
-    EXERCISES,
-    ROOT,
-    SCRIPTS,
-    TESTS,
-    find_functions,
-    handout_files,
-)
+from assignment import handout, outcomes
+from assignment.handout import BY_HAND, EXERCISES, NECESSARY, ROOT, SCRIPTS, TESTS
 from plumbing.errors import UserError, exit_with_one_line
 
 UNSEEN = "tests/test_unseen.py"  # marked tests that students do not have
 # What a test process inherits: none of the lecturer's tokens.
 INHERITED = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "TEMP", "SYSTEMROOT")
-
-# A solution may end the session early. Then pytest's report is partial, and there is no `finished`.
-PLUGIN = """
-from pathlib import Path
-import pytest
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session):
-    result = yield
-    Path("finished").touch()
-    return result
-"""
 
 
 def parse_parts(text: str) -> list[ast.stmt]:
@@ -88,8 +66,8 @@ def insert_solution(reference: str, student: str, names: list[str]) -> str:
     script lacks one of the functions.
     """
     tree = ast.parse(reference)
-    ours = find_functions(tree.body)
-    theirs = find_functions(parse_parts(student))
+    ours = handout.find_functions(tree.body)
+    theirs = handout.find_functions(parse_parts(student))
     for name in names:
         if name not in theirs:
             ast.parse(student)  # raises SyntaxError if that is why
@@ -100,18 +78,8 @@ def insert_solution(reference: str, student: str, names: list[str]) -> str:
     return ast.unparse(tree)
 
 
-def read_report(report: Path) -> dict[str, str]:
-    """The tests of a junit report: name -> "" if it passed, else the message."""
-    cases = {}
-    for case in ET.parse(report).iter("testcase"):
-        problems = [part for part in case if part.tag in ("failure", "error", "skipped")]
-        message = " ".join(problems[0].get("message", "").split()) if problems else ""
-        cases[case.get("name")] = message or "failed" * bool(problems)
-    return cases
-
-
 def count_points(number: int, cases: dict[str, str]) -> tuple[int, str]:
-    """The points of an exercise, and what failed. cases: of `read_report`.
+    """The points of an exercise, and what failed. cases: name of a test -> "" or the message.
 
     >>> cases = {"test_iou_must_exceed_a_threshold[tiered]": "", "test_of_mine": "assert 1 == 2"}
     >>> count_points(5, cases | {"test_another": ""})
@@ -120,12 +88,13 @@ def count_points(number: int, cases: dict[str, str]) -> tuple[int, str]:
     (0, 'necessary: test_iou_must_exceed_a_threshold[tiered]: wrong')
     """
     exercise = EXERCISES[number]
-    necessary = {n for n in cases if {n, n.partition("[")[0]} & set(exercise.necessary)}
+    necessary = {n for n in cases if {n, n.partition("[")[0]} & set(NECESSARY[number])}
     failed = sorted((n for n in cases if cases[n]), key=lambda n: n not in necessary)
     if not failed:
         return (exercise.points if cases else 0), ""
     name = re.sub(r"\[.{30,}", "", failed[0])  # without long parameters
-    remark = f"{name}: {cases[failed[0]]}"
+    message = " ".join(cases[failed[0]].removeprefix("Skipped: ").split())
+    remark = f"{name}: {message}"
     if failed[0] in necessary:
         return 0, f"necessary: {remark}"[:120]
     others = len(cases) - len(necessary)
@@ -137,13 +106,15 @@ def run_tests(
 ) -> tuple[dict[str, str], str]:
     """Run the tests of an exercise in `tree`, for at most `limit` seconds.
 
-    Returns `read_report`'s tests, none if not all have run, and why that is so.
+    Returns the tests as `count_points` takes them, none if not all have run, and why that is so.
     """
     (tree / "pytest.ini").write_text("[pytest]\n")  # else pytest searches the parent folders
-    (tree / "finished_plugin.py").write_text(PLUGIN)
-    options = "-q -s --tb=line -p no:cacheprovider -p finished_plugin --junitxml report.xml".split()
+    shutil.copy(outcomes.__file__, tree)
+    options = "-q -s --tb=line -p no:cacheprovider -p outcomes".split()
     environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    found = tree / "outcomes.json"
+    environment |= {"OUTCOMES": str(found)}
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, "-m", f"exercise_{number}", *files],
         cwd=tree,
@@ -164,10 +135,9 @@ def run_tests(
                 os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.wait()
-    report = tree / "report.xml"
-    if not (report.is_file() and (tree / "finished").is_file()):
+    if not found.is_file():
         return {}, remark
-    return read_report(report), ""
+    return json.loads(found.read_text("utf-8")).get(f"exercise_{number}", {}), ""
 
 
 def grade_exercise(folder: Path, number: int, hidden: list[Path], limit: float) -> dict:
@@ -180,9 +150,7 @@ def grade_exercise(folder: Path, number: int, hidden: list[Path], limit: float) 
     cases = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         tree = Path(temporary)
-        for file in [*handout_files(), UNSEEN]:
-            (tree / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, tree / file)
+        handout.copy_files([*handout.handout_files(), UNSEEN], tree)
         for file in hidden:
             shutil.copy(file, tree / "tests")
         files = [*TESTS, UNSEEN, *(f"tests/{file.name}" for file in hidden)]
@@ -204,8 +172,7 @@ def grade_exercise(folder: Path, number: int, hidden: list[Path], limit: float) 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m assignment.grade",
-        description="Grade a student's copy of this repository.",
+        "python -m assignment.grade", description="Grade a student's copy of this repository."
     )
     add = parser.add_argument
     add("folder", type=Path, help=f"student's folder; only {', '.join(SCRIPTS)} are read")

@@ -4,7 +4,7 @@
 
 The copy has a NotImplementedError in place of the body of each function in EXERCISES. Signatures,
 docstrings, all other code and the tests of the exercises stay. `python -m assignment.next` says
-there which exercise comes next. Other code that shows a solution is left out. A command of
+there which exercise comes next. A command of
 samr1_mini.py that needs an unsolved exercise says so there, before it does anything else.
 """
 
@@ -23,12 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("assets", "plumbing", "tiny", "tools")
 FILES = """LICENSE .gitignore pyproject.toml requirements.txt constraints.txt TUTORIAL.md
     data.py reward.py grpo.py samr1_mini.py
-    assignment/__init__.py assignment/handout.py assignment/next.py assignment/step.py
-    assignment/two_answers.py benchmarks/__init__.py benchmarks/sweep.py tests/conftest.py
-    tests/expected_step.json tests/requirements.txt""".split()
+    assignment/__init__.py assignment/handout.py assignment/next.py assignment/outcomes.py
+    assignment/step.py assignment/two_answers.py benchmarks/__init__.py benchmarks/sweep.py
+    tests/conftest.py tests/expected_step.json tests/requirements.txt""".split()
 # The files with the tests of the exercises.
 TESTS = ["tests/test_reward.py", "tests/test_grpo.py", "tests/test_exercises.py"]
-SHOWS_A_SOLUTION = {"tools/starts.py", "tools/demo.py"}  # of exercise 11; demo imports starts
 README = "assignment/STUDENT.md"  # becomes the README of the copy
 
 
@@ -37,102 +36,47 @@ class Exercise(NamedTuple):
     points: int
     script: str  # the file with the functions
     functions: list[str]  # "parse_answer" or "Overlap.iou"; each has a docstring
-    necessary: list[str]  # if one of these tests fails, no points; the others share the points
     part: tuple[str, str] | None = None  # cut only from the first of these comments to the second
     examples: bool = True  # the docstring's examples are tests of the exercise
 
 
-# In the order in which students do them. The tests of exercise 1 have the mark exercise_1.
+# In the order in which students do them. The tests of exercise 1 have the mark exercise_1. The
+# examples of 7 show the unbiased standard deviation, and the other one is right too.
 EXERCISES = {
-    1: Exercise(
-        "the two formats of an answer",
-        5,
-        "reward.py",
-        ["parse_answer", "read_object"],
-        ["test_docstring_examples[reward.parse_answer]"],
-    ),
-    2: Exercise(
-        "from policy pixels to image pixels",
-        5,
-        "reward.py",
-        ["sam_prompt"],
-        ["test_coordinates_are_scaled_once_and_each_axis_by_its_own_factor"],
-    ),
-    3: Exercise(
-        "pixels and IoU",
-        6,
-        "reward.py",
-        ["intersection_and_union", "Overlap.iou"],
-        ["test_ignored_pixels_count_neither_as_right_nor_as_wrong"],
-    ),
-    4: Exercise(
-        "prompts on many images in one call",
-        8,
-        "reward.py",
-        ["decode_masks"],
-        ["test_decoding_together_equals_decoding_one_by_one"],
-    ),
-    5: Exercise(
-        "the tiers", 2, "reward.py", ["tiered_reward"], ["test_iou_must_exceed_a_threshold"]
-    ),
-    6: Exercise(
-        "the paper's idea",
-        6,
-        "assignment/two_answers.py",
-        ["two_answers"],
-        ["test_a_box_reward_cannot_tell_the_two_answers_apart_and_a_mask_reward_can"],
-    ),
-    7: Exercise(
-        "advantages within a group",
-        5,
-        "grpo.py",
-        ["group_advantages"],
-        ["test_advantages_by_hand", "test_advantages_of_any_shape"],
-        examples=False,  # they show the unbiased standard deviation; the other one is right too
-    ),
-    8: Exercise("the KL estimate", 5, "grpo.py", ["k3_kl"], ["test_k3_and_its_gradient_by_hand"]),
-    9: Exercise(
-        "the clipped token-level loss",
-        10,
-        "grpo.py",
-        ["grpo_loss", "clip_side"],
-        ["test_loss_and_statistics_by_hand", "test_all_four_cases_of_the_clip"],
-    ),
-    10: Exercise(
-        "the sampling loop",
-        10,
-        "grpo.py",
-        ["rollout"],
-        [
-            "test_first_end_token_ends_a_completion_and_changes_no_other",
-            "test_banned_tokens_are_never_sampled[1.0-0.0]",
-        ],
-    ),
-    11: Exercise(
-        "a packed row and its attention mask",
-        8,
-        "grpo.py",
-        ["pack", "may_attend"],
-        [
-            "test_packed_rows_by_hand",
-            "test_tokens_attend_to_the_prompt_and_their_own_completion",
-        ],
-    ),
-    12: Exercise(
-        "log-probs with a shared prompt",
-        10,
-        "grpo.py",
-        ["group_logprobs"],
-        ["test_logprobs_and_gradients_equal_those_of_separate_rows"],
-    ),
+    1: Exercise("the two formats of an answer", 5, "reward.py", ["parse_answer", "read_object"]),
+    2: Exercise("from policy pixels to image pixels", 5, "reward.py", ["sam_prompt"]),
+    3: Exercise("pixels and IoU", 6, "reward.py", ["intersection_and_union", "Overlap.iou"]),
+    4: Exercise("prompts on many images in one call", 8, "reward.py", ["decode_masks"]),
+    5: Exercise("the tiers", 2, "reward.py", ["tiered_reward"]),
+    6: Exercise("the paper's idea", 6, "assignment/two_answers.py", ["two_answers"]),
+    7: Exercise("advantages within a group", 5, "grpo.py", ["group_advantages"], examples=False),
+    8: Exercise("the KL estimate", 5, "grpo.py", ["k3_kl"]),
+    9: Exercise("the clipped token-level loss", 10, "grpo.py", ["grpo_loss", "clip_side"]),
+    10: Exercise("the sampling loop", 10, "grpo.py", ["rollout"]),
+    11: Exercise("a packed row and its attention mask", 8, "grpo.py", ["pack", "may_attend"]),
+    12: Exercise("log-probs with a shared prompt", 10, "grpo.py", ["group_logprobs"]),
     13: Exercise(
-        "one step of training",
-        5,
-        "samr1_mini.py",
-        ["train"],
-        ["test_the_metrics_of_two_steps_equal_those_of_the_reference"],
-        part=("# 1. Rollout", "# 5. Log"),
+        "one step of training", 5, "samr1_mini.py", ["train"], part=("# 1. Rollout", "# 5. Log")
     ),
+}
+# If one of these tests fails, the exercise earns no points. The other tests share its points.
+NECESSARY = {
+    1: ["test_docstring_examples[reward.parse_answer]"],
+    2: ["test_coordinates_are_scaled_once_and_each_axis_by_its_own_factor"],
+    3: ["test_ignored_pixels_count_neither_as_right_nor_as_wrong"],
+    4: ["test_decoding_together_equals_decoding_one_by_one"],
+    5: ["test_iou_must_exceed_a_threshold"],
+    6: ["test_a_box_reward_cannot_tell_the_two_answers_apart_and_a_mask_reward_can"],
+    7: ["test_advantages_by_hand", "test_advantages_of_any_shape"],
+    8: ["test_k3_and_its_gradient_by_hand"],
+    9: ["test_loss_and_statistics_by_hand", "test_all_four_cases_of_the_clip"],
+    10: [
+        "test_first_end_token_ends_a_completion_and_changes_no_other",
+        "test_banned_tokens_are_never_sampled[1.0-0.0]",
+    ],
+    11: ["test_packed_rows_by_hand", "test_tokens_attend_to_the_prompt_and_their_own_completion"],
+    12: ["test_logprobs_and_gradients_equal_those_of_separate_rows"],
+    13: ["test_the_metrics_of_two_steps_equal_those_of_the_reference"],
 }
 # What the commands of samr1_mini.py call.
 NEEDED = {"train": {*EXERCISES} - {6}, "eval": {1, 2, 3, 4, 10}, "segment": {1, 2, 3, 4, 5, 10}}
@@ -156,12 +100,15 @@ def find_functions(nodes: list[ast.stmt]) -> dict[str, ast.FunctionDef]:
     return found
 
 
+def placeholder(number: int) -> str:
+    """The line in place of a solution. `is_solved` and tests/conftest.py read it."""
+    return f'raise NotImplementedError("exercise {number}: {EXERCISES[number].title}")'
+
+
 def is_solved(number: int) -> bool:
-    """Whether none of an exercise's functions raises its NotImplementedError any more."""
-    exercise = EXERCISES[number]
-    found = find_functions(ast.parse((ROOT / exercise.script).read_text("utf-8")).body)
-    bodies = [ast.unparse(found[name]) for name in exercise.functions if name in found]
-    return not any(f"exercise {number}: {exercise.title}" in body for body in bodies)
+    """Whether no line of the script raises the exercise's NotImplementedError any more."""
+    lines = (ROOT / EXERCISES[number].script).read_text("utf-8").split("\n")
+    return not any(line.strip().startswith(placeholder(number)) for line in lines)
 
 
 def refuse_unsolved(argv: list[str]) -> None:
@@ -184,23 +131,20 @@ def remove_solutions(script: str, numbers: Iterable[int] = EXERCISES) -> str:
     for number in numbers:
         exercise = EXERCISES[number]
         for name in exercise.functions if exercise.script == script else ():
-            docstring = found[name].body[0]
-            first = docstring.end_lineno
-            last = found[name].end_lineno
-            indent = docstring.col_offset
+            inside = range(found[name].body[0].end_lineno, found[name].end_lineno)  # no docstring
             kept = []
             if exercise.part:  # comments and timers stay
-                begins, ends = exercise.part
                 starts = [line.lstrip() for line in lines]
-                first = next(k for k in range(first, last) if starts[k].startswith(begins)) + 1
-                last = next(k for k in range(first, last) if starts[k].startswith(ends))
-                indent = len(lines[last]) - len(starts[last])
-                kept = [k for k in range(first, last) if re.match("#|timer|$", starts[k])]
-            error = f'raise NotImplementedError("exercise {number}: {exercise.title}")'
-            kept = [lines[k] for k in kept]
+                first, last = (
+                    next(k for k in inside if starts[k].startswith(comment))
+                    for comment in exercise.part
+                )
+                inside = range(first + 1, last)
+                kept = [lines[k] for k in inside if re.match("#|timer|$", starts[k])]
+            indent = re.match(" *", lines[inside.start - 1])[0]
             # None keeps the numbers of the other lines.
-            new = [" " * indent + error, *kept]
-            lines[first:last] = new + [None] * (last - first - len(new))
+            lines[inside.start : inside.stop] = [None] * len(inside)
+            lines[inside.start] = "\n".join([indent + placeholder(number), *kept])
     return "\n".join(line for line in lines if line is not None)
 
 
@@ -220,21 +164,26 @@ def handout_files() -> list[str]:
         files = [file for file in (ROOT / folder).rglob("*") if file.is_file()]
         paths += [file.relative_to(ROOT).as_posix() for file in files]
     excluded = re.compile(r"(^|/)(__pycache__|vlm-clean)/|\.tmp$")
-    return sorted(p for p in paths if p not in SHOWS_A_SOLUTION and not excluded.search(p))
+    return sorted(path for path in paths if not excluded.search(path))
+
+
+def copy_files(names: list[str], out: Path) -> None:
+    """Copy files of this repository. names: of all of them, as `out` may be inside it."""
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, out / name)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m assignment.handout",
+        "python -m assignment.handout",
         description="Write a student's copy of this repository, without the solutions.",
     )
     parser.add_argument("out", type=Path, help="a new or empty folder")
     out = parser.parse_args(argv).out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: name another one")
-    for name in handout_files():  # all listed before writing: `out` may be inside the repository
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, out / name)
+    copy_files(handout_files(), out)
     for script in SCRIPTS:
         text = remove_solutions(script)
         if script == "samr1_mini.py":

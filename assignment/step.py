@@ -15,10 +15,11 @@ import torch
 
 import grpo
 import samr1_mini
+from assignment.handout import ROOT
 from plumbing.errors import exit_with_one_line
 from plumbing.runs import write_text
 
-EXPECTED = Path(__file__).resolve().parent.parent / "tests" / "expected_step.json"
+EXPECTED = ROOT / "tests" / "expected_step.json"
 FLAGS = "--steps 2 --prompts_per_step 4 --group_size 4 --accuracy iou --lr 3e-3"
 METRICS = "reward iou length skipped kl entropy ratio clip_low grad_norm".split()
 

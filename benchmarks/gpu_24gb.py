@@ -31,7 +31,7 @@ import grpo
 import samr1_mini
 from benchmarks.logprobs import plain_logprobs
 from benchmarks.meter import DEVICE, in_new_process
-from benchmarks.random_models import random_policy
+from benchmarks.random_models import ANSWER, random_policy
 from data import Shapes
 from plumbing import decoding
 from plumbing.errors import UserError
@@ -46,7 +46,6 @@ GIB = 2**30
 CARD = 23 * GIB
 PARTS = ("qwen2b", "qwen3b", "qwen7b", "qwen3b-4bit", "qwen7b-4bit")
 PHASES = ("rollout", "reward", "logprobs", "update")
-ANSWER = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
 TOY = """--vlm tiny --sam tiny --side 64 --max_new_tokens 8 --prompts_per_step 2 --group_size 2
     --save_memory 1 --dtype auto"""
 

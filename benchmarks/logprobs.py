@@ -1,17 +1,16 @@
 """logprobs.py - how much does it save to share the prompt when training on a group's log-probs?
 
-    python -m benchmarks.logprobs [--parts layers checkpointed head] [--repeats 3]
+    python -m benchmarks.logprobs
 
-Runs forward and backward of the log-probs of G = 8 completions (200 tokens each) of one prompt
-(1,050 tokens, 900 of which are an image of 840 x 840 pixels), in three ways:
+Forward and backward of the log-probs of G completions of one prompt with an image, in three ways:
 
     packed      grpo.group_logprobs: one row [prompt | o_1 | ... | o_G]
     padded      one batch of G rows [prompt | o_g] through the plain model, with logits at the
                 completions' positions only
     row by row  the same, one row at a time, each with its own backward pass
 
-Three parts of Qwen2.5-VL-3B, in float32 and with random weights: one layer with LoRA of rank 16 on
-every linear, and a vocabulary of 154, since the head would hide what a layer saves; the same with
+Three parts of Qwen2.5-VL-3B, in float32 and with random weights: one layer with LoRA on every
+linear, and a vocabulary of 154, since the head would hide what a layer saves; the same with
 activation checkpointing; the final norm and the lm_head. From the last two the script computes the
 whole model of 36 layers. A toy vision tower computes the image features once for all three ways.
 All completions have the same length, so no row is padded. Each measurement has its own process.
@@ -20,7 +19,6 @@ All completions have the same length, so no row is padded. Each measurement has 
 import argparse
 
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -30,11 +28,10 @@ from benchmarks.meter import DEVICE
 from benchmarks.random_models import tiny_processor
 from grpo import Completions, group_logprobs
 from plumbing.vlm import Prompts, base, encode_prompts
-from samr1_mini import LORA_TARGETS
+from samr1_mini import add_lora
 from tools.published import published_config
 
 WAYS = ("packed", "padded", "row by row")
-PARTS = ("layers", "checkpointed", "head")
 G, SIDE, TEXT, R = 8, 840, 150, 200  # completions, pixels, text tokens, tokens of a completion
 P = (SIDE // 28) ** 2 + TEXT  # tokens of the prompt
 HIDDEN, VOCABULARY = 2048, 151936  # of Qwen2.5-VL-3B
@@ -46,8 +43,8 @@ def build(part: str):
     text, vision = config.text_config, config.vision_config
     text.num_hidden_layers = 0 if part == "head" else 1
     text.vocab_size = VOCABULARY if part == "head" else 154
-    tower = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=1)
-    vision.update(tower | dict(fullatt_block_indexes=[0]))
+    vision.update(dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=1))
+    vision.fullatt_block_indexes = [0]
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(DEVICE)
     if part == "head":
@@ -55,14 +52,12 @@ def build(part: str):
         # The norm's gradient passes through the head, so it is compared between the ways.
         model.model.language_model.norm.requires_grad_(True)
         return model
-    # LoRA starts with B = 0, where A has no gradient. Random weights are as after some training.
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS, init_lora_weights=False)
-    model = get_peft_model(model, lora)
+    model = add_lora(model, rank=16, seed=0, checkpoint_layers=part == "checkpointed")
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # zero at first, where A has no gradient
+            torch.nn.init.normal_(weight, std=0.1)
     # The gradient passes through the whole layer, as in all but the first of 36 layers.
     model.enable_input_require_grads()
-    if part == "checkpointed":
-        layers = base(model).model.language_model
-        layers.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()  # checkpointing needs train mode; there is no dropout
 
 
@@ -118,7 +113,7 @@ def forward_backward(
     return torch.cat(result)
 
 
-def measure_time(part: str, repeats: int) -> tuple[dict[str, dict[str, float]], float, float]:
+def measure_time(part: str) -> tuple[dict[str, dict[str, float]], float, float]:
     """Seconds of each way, and the largest difference of a log-prob and the largest relative
     difference of a gradient between packed and the two others."""
     model = build(part)
@@ -134,7 +129,7 @@ def measure_time(part: str, repeats: int) -> tuple[dict[str, dict[str, float]], 
         gradients[way] = [p.grad for p in weights]
         return {"seconds": seconds}
 
-    rows = meter.take_turns(run, WAYS, repeats)
+    rows = meter.take_turns(run, WAYS)
     far = max((logprobs["packed"] - logprobs[way]).abs().max().item() for way in WAYS)
     pairs = [pair for way in WAYS for pair in zip(gradients["packed"], gradients[way], strict=True)]
     off = max(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs)
@@ -151,9 +146,9 @@ def measure_memory(part: str, way: str) -> float:
     return meter.added_mib(forward_backward, way, model, *case)
 
 
-def measure(part: str, repeats: int) -> dict[str, dict[str, float]]:
+def measure(part: str) -> dict[str, dict[str, float]]:
     """Measure and print one part. Returns seconds and MiB of each way."""
-    rows, far, off = meter.in_new_process(measure_time, part, repeats, malloc=meter.KEEP_FREED)
+    rows, far, off = meter.in_new_process(measure_time, part, malloc=meter.KEEP_FREED)
     for way in WAYS:
         rows[way]["MiB"] = meter.in_new_process(
             measure_memory, part, way, malloc=meter.RETURN_FREED
@@ -175,14 +170,10 @@ def whole_model(layer: dict, head: dict) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.logprobs")
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    known = {part: measure(part, options.repeats) for part in options.parts}
-    if {"checkpointed", "head"} <= known.keys():
-        rows = whole_model(known["checkpointed"], known["head"])
-        meter.print_table("36 checkpointed layers and the head, computed", rows, ours="packed")
+    argparse.ArgumentParser(prog="python -m benchmarks.logprobs").parse_args()
+    measured = {part: measure(part) for part in ("layers", "checkpointed", "head")}
+    rows = whole_model(measured["checkpointed"], measured["head"])
+    meter.print_table("36 checkpointed layers and the head, computed", rows, ours="packed")
 
 
 if __name__ == "__main__":

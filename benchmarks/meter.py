@@ -38,7 +38,7 @@ def seconds_of(function: Callable, *arguments) -> float:
     return now() - started
 
 
-def take_turns(measure: Callable, ways: tuple[str, ...], repeats: int) -> dict[str, dict]:
+def take_turns(measure: Callable, ways: tuple[str, ...], repeats: int = 3) -> dict[str, dict]:
     """Call `measure` on each way in turn. Returns the medians of its numbers by way and column.
 
     The first turn warms up.

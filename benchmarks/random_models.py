@@ -9,6 +9,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from plumbing.vlm import vlm_path
 from tools.published import published_config
 
+# A random model writes no answers, so the rewards read this one with two numbers filled in.
+ANSWER = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
+
 
 def tiny_processor(config):
     """The tiny model's processor with the patch size of `config`, which gets its special tokens."""

@@ -1,8 +1,8 @@
 """sam_scoring.py - how long does it take to score B images x G completions with SAM?
 
-    python -m benchmarks.sam_scoring [--sam tiny vit_b] [--repeats 3]
+    python -m benchmarks.sam_scoring [--sam tiny vit_b]
 
-Compares two ways to compute the same B x G IoUs of prompts with a box and two points:
+Two ways to compute the same B x G IoUs of prompts with a box and two points:
 
     naive    `segment_anything.SamPredictor`: set_image and predict for every completion, IoU in
              numpy, as in public code. For sam2 the same with transformers' processor and model.
@@ -149,7 +149,7 @@ def score_naively(predictor, samples: list[Sample], prompts: list) -> torch.Tens
     return iou
 
 
-def measure_time(name: str, repeats: int) -> tuple[dict[str, dict[str, float]], float]:
+def measure_time(name: str) -> tuple[dict[str, dict[str, float]], float]:
     """Seconds of each way by phase, and the largest difference of an IoU."""
     sam, samples, prompts = make_case(name)
     predictor = make_predictor(sam)
@@ -173,7 +173,7 @@ def measure_time(name: str, repeats: int) -> tuple[dict[str, dict[str, float]], 
         masks = meter.now() - started - sum(encoder) - sum(decoder)
         return {"encoder": sum(encoder), "decoder": sum(decoder), "masks": masks}
 
-    rows = meter.take_turns(run, ("cached", "ours"), repeats)
+    rows = meter.take_turns(run, ("cached", "ours"))
     rows = {"naive": rows["cached"] | {"encoder": G * rows["cached"]["encoder"]}} | rows
     for row in rows.values():
         row["total"] = sum(row.values())
@@ -192,11 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sam_scoring")
     choices = ("tiny", "vit_b", "vit_l", "vit_h", "sam2")
     parser.add_argument("--sam", choices=choices, nargs="+", default=("tiny", "vit_b"))
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
     torch.set_num_threads(meter.THREADS)
-    for name in options.sam:
-        rows, difference = measure_time(name, options.repeats)
+    for name in parser.parse_args().sam:
+        rows, difference = measure_time(name)
         for way in ("naive", "ours"):
             rows[way]["MiB"] = meter.in_new_process(
                 measure_memory, name, way, malloc=meter.RETURN_FREED

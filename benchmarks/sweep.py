@@ -1,18 +1,12 @@
 """sweep.py - train several settings with several seeds, print a table and draw a picture.
 
-    python -m benchmarks.sweep mask_or_box    reward the mask, or only the box?        20 runs
-    python -m benchmarks.sweep ablations      the paper's Tables 3 and 4, Figure 4a    27 runs
-    python -m benchmarks.sweep amount         the paper's Table 6: training scenes     12 runs
-    python -m benchmarks.sweep failures       five runs that fail on purpose            6 short runs
-    python -m benchmarks.sweep dtypes         float32 and bfloat16                      2 short runs
-    python -m benchmarks.sweep own_reward     the assignment's exercise 14              9 short runs
-    python -m benchmarks.sweep variants       the assignment's exercise 15             20 runs
+    python -m benchmarks.sweep NAME [--jobs 2] [--table]        NAME: a key of SWEEPS, below
 
-A run takes two to three minutes on one core, a short one about one. --jobs 2 runs two trainings at
-a time. Each one is `python samr1_mini.py train ... --out runs/sweep/SETTING-SEED`. The same command
-continues an interrupted sweep: it skips finished runs and resumes the others. --table trains
-nothing: it prints the table of the runs that exist. Settings of the same name in two sweeps share
-their runs, so run one sweep at a time. A new sweep is one entry of SWEEPS.
+A run takes two to three minutes on one core, and --jobs of them run at a time. Each one is
+`python samr1_mini.py train ... --out runs/sweep/SETTING-SEED`. The same command continues an
+interrupted sweep: it skips finished runs and resumes the others. --table trains nothing: it prints
+the table of the runs that exist. Settings of the same name in two sweeps share their runs, so run
+one sweep at a time. A new sweep is one entry of SWEEPS.
 """
 
 import argparse
@@ -22,7 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +47,7 @@ class Sweep(NamedTuple):
 
 
 SWEEPS = {
-    "mask_or_box": Sweep(
+    "mask_or_box": Sweep(  # reward the mask, or only the box? 20 runs
         {
             "mask": "",  # SAM's mask against the true mask, in tiers: the paper's reward
             "box": "--accuracy box",  # the same tiers on the IoU of the boxes, without SAM
@@ -63,7 +57,7 @@ SWEEPS = {
         "giou ciou box boxonly points",
         seeds=5,
     ),
-    "ablations": Sweep(
+    "ablations": Sweep(  # 27 runs: the paper's Tables 3 and 4 and Figure 4a
         {
             "fixed 0.5": "--accuracy 0.5",
             "fixed 0.7": "--accuracy 0.7",
@@ -78,17 +72,12 @@ SWEEPS = {
         "giou ciou steps mean:iou last:iou last:kl",
         seeds=3,
     ),
-    "amount": Sweep(  # the paper's Table 6
-        {
-            "100 scenes": "--train_samples 100",
-            "300 scenes": "--train_samples 300",
-            "1000 scenes": "--train_samples 1000",
-            "mask": "",
-        },
+    "amount": Sweep(  # the paper's Table 6: the number of training scenes, 12 runs
+        {f"{n} scenes": f"--train_samples {n}" for n in (100, 300, 1000)} | {"mask": ""},
         "giou ciou box points last:iou",
         seeds=3,
     ),
-    "failures": Sweep(
+    "failures": Sweep(  # five runs that fail on purpose
         {
             "sound": "",
             "learning rate too small": "--lr 1e-6",
@@ -102,19 +91,18 @@ SWEEPS = {
         steps=60,
     ),
     "dtypes": Sweep(
-        {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}, "last:reward", 1, steps=60
+        {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"},
+        "last:reward",
+        seeds=1,
+        steps=60,
     ),
-    "own_reward": Sweep(
-        {
-            "tiered, 60 steps": "",
-            "box, 60 steps": "--accuracy box",
-            "ours, 60 steps": "",  # see PROGRAMS
-        },
+    "own_reward": Sweep(  # the assignment's exercise 14, 9 runs
+        {"tiered, 60 steps": "", "box, 60 steps": "--accuracy box", "ours, 60 steps": ""},
         "giou box boxonly points",
         seeds=3,
         steps=60,
     ),
-    "variants": Sweep(  # see PROGRAMS
+    "variants": Sweep(  # the assignment's exercise 15, 20 runs
         {"mask": "", "Dr. GRPO": "", "GSPO": "--normalise sequence", "CISPO": ""},
         "giou ciou box points last:iou mean:kl",
         seeds=5,
@@ -159,21 +147,21 @@ def train(run: Path, name: str, flags: str) -> None:
         raise UserError(f"{run}: exit code {result.returncode}, {last}; the same command continues")
 
 
-def train_missing(sweep: Sweep, out: Path, seeds: list[int], jobs: int) -> None:
-    """Train all runs of a sweep that are not finished, `jobs` at a time."""
-    pool = ThreadPoolExecutor(jobs)
-    started = []
-    for seed in seeds:
-        for name, flags in sweep.settings.items():
-            run = run_folder(out, name, seed)
-            if read_run(run) is None:
-                flags = f"--steps {sweep.steps} --seed {seed} {flags}"
-                started.append(pool.submit(train, run, name, flags))
-    try:
-        for job in tqdm(as_completed(started), "sweep", len(started), unit="run"):
-            job.result()
-    finally:  # also after Ctrl-C or an error: runs that have started save and stop, or finish
-        pool.shutdown(cancel_futures=True)
+def train_missing(sweep: Sweep, out: Path, jobs: int) -> None:
+    """Train all runs of a sweep that are not finished, `jobs` at a time.
+
+    After Ctrl-C or an error no other run starts. Those that have started save and stop, or finish.
+    """
+
+    def train_one(missing: tuple[str, int]) -> None:
+        name, seed = missing
+        flags = f"--steps {sweep.steps} --seed {seed} {sweep.settings[name]}"
+        train(run_folder(out, name, seed), name, flags)
+
+    pairs = [(name, seed) for seed in range(sweep.seeds) for name in sweep.settings]
+    missing = [pair for pair in pairs if read_run(run_folder(out, *pair)) is None]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(train_one, missing), "sweep", len(missing), unit="run"))
 
 
 def steps_until(values: list[float], mark: float) -> float:
@@ -289,22 +277,22 @@ def target_sort(index: int) -> str:
     return "inlay" if any(thing.kind == "diamond" for thing in things) else "covered"
 
 
-def answer_scenes(scorer: SamScorer, adapter: str) -> list[dict]:
-    """Greedy answers to the first SCENES held-out scenes, as rows of `samr1_mini.evaluate`."""
-    s = parse_settings("train", ["--device", "cpu"])
-    policy = samr1_mini.load_policy(s, adapter)
-    return samr1_mini.evaluate(policy, scorer, Shapes("heldout"), s, SCENES, adapter)
-
-
 def draw_mask_or_box(rows: dict[str, list[dict]]) -> Figure:
     """Print mask IoU and points inside for hard and plain targets. Draw one scene of each sort
     under both rewards: the first whose base answer has an IoU below 0.5. Beside them, the gIoU."""
     scorer = SamScorer(load_sam("tiny"))
+    heldout = Shapes("heldout")
+    s = parse_settings("train", ["--device", "cpu"])
+
+    def answer_scenes(adapter: str) -> list[dict]:
+        policy = samr1_mini.load_policy(s, adapter)
+        return samr1_mini.evaluate(policy, scorer, heldout, s, SCENES, adapter)
+
     sorts = [target_sort(k) for k in range(SCENES)]
     print("\n| reward | targets | mask IoU | points inside |\n|---|---|---|---|")
     answers = {}  # of the first seed, by reward
     for name in ("box", "mask"):
-        seeds = [answer_scenes(scorer, str(run["folder"] / "adapter")) for run in rows[name]]
+        seeds = [answer_scenes(str(run["folder"] / "adapter")) for run in rows[name]]
         answers[name] = seeds[0]
         for title in ("hard", "plain"):
             chosen = [k for k, sort in enumerate(sorts) if (sort == "plain") == (title == "plain")]
@@ -312,7 +300,7 @@ def draw_mask_or_box(rows: dict[str, list[dict]]) -> Figure:
             cells = [cell([np.mean([run[k][c] for k in chosen]) for run in seeds]) for c in columns]
             print(f"| {name} | {len(chosen)} {title} | {' | '.join(cells)} |")
 
-    base = answer_scenes(scorer, "none")
+    base = answer_scenes("none")
     poor = [k for k in range(SCENES) if base[k]["iou"] < 0.5]
     firsts = [next((k for k in poor if sorts[k] == sort), 0) for sort in ("inlay", "ring", "plain")]
     figure = Figure(figsize=(11, 7), dpi=110, layout="constrained", facecolor="white")
@@ -362,7 +350,6 @@ PICTURES = {  # of TUTORIAL and README, in assets/
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep")
     parser.add_argument("sweep", choices=SWEEPS)
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the sweep")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--table", action="store_true", help="do not train")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
@@ -370,13 +357,12 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     name, out = options.sweep, options.out
     sweep = SWEEPS[name]
-    seeds = options.seeds or list(range(sweep.seeds))
     if not options.table:
-        train_missing(sweep, out, seeds, options.jobs)
+        train_missing(sweep, out, options.jobs)
     rows = {}
     for setting in sweep.settings:
-        found = [read_run(run_folder(out, setting, seed)) for seed in seeds]
-        rows[setting] = [run for run in found if run]
+        runs = [read_run(run_folder(out, setting, seed)) for seed in range(sweep.seeds)]
+        rows[setting] = [run for run in runs if run]
     if not any(rows.values()):
         raise UserError(f"--out {out} has no finished run: leave out --table")
     print(table(sweep.columns.split(), rows))

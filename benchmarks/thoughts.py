@@ -38,7 +38,6 @@ from plumbing.scenes import Thing, points_inside, taught_thought
 from plumbing.settings import parse_settings
 from plumbing.vlm import Policy, load_vlm
 from reward import Answer, SamPrompt, SamScorer, score_completions
-from tools.starts import read_with_starts
 
 THOUGHTS = ("own", "other", "right", "empty")
 GROUPS = {False: "the other object is elsewhere", True: "the two objects share a box"}
@@ -100,7 +99,7 @@ def find_cases(count: int) -> list[Case]:
 
 def complete(policy: Policy, samples: list[Sample], starts: list[str], s) -> list[str]:
     """Greedy completions that begin with the given texts, one for each sample."""
-    prompts = read_with_starts(policy, samples, starts)
+    prompts = policy.read(samples, starts)
     completions = samr1_mini.sample_completions(policy, prompts, s, greedy=True)
     texts = policy.texts(completions)
     return [start + group[0] for start, group in zip(starts, texts, strict=True)]

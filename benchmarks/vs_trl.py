@@ -7,12 +7,11 @@
 
 A flag of `samr1_mini.py train` may follow, such as --steps 4, the fewest that can be measured.
 
-Both sides have the same weights, initial adapter, prompts in the same order, objective and number
-of threads, and one AdamW update per step. Ours is samr1_mini.train without the evaluation before
-and after, TRL's is examples.trl_grpo.train. Each is a process, and the two take turns step by step.
-The time of a step is measured from one optimizer step to the next. In every other step SAM is not
-asked, and only the format counts. Memory is the peak of a process minus its memory before the first
-step. At the end, TRL's log-probs and gradients are compared with ours, on its last completions.
+Ours is samr1_mini.train without the evaluation before and after, TRL's is examples.trl_grpo.train.
+Both have the same initial adapter and prompts in the same order. Each is a process, and the two
+take turns step by step. The time of a step is measured from one optimizer step to the next. In
+every other step SAM is not asked, and only the format counts. Memory is the peak of a process minus
+its memory before the first step.
 
 Remaining differences: TRL gets drawn scenes, ours are drawn during the step. TRL's loss_type "dapo"
 gives all tokens of a step equal weight; ours gives the tokens of a group equal weight, and then the
@@ -40,7 +39,7 @@ from trl import GRPOTrainer
 
 import samr1_mini
 from benchmarks.meter import DEVICE, THREADS, now, print_table, resident_mib
-from benchmarks.random_models import medium_vlm
+from benchmarks.random_models import ANSWER, medium_vlm
 from data import Shapes
 from examples import trl_grpo
 from grpo import Completions, grpo_loss
@@ -60,7 +59,6 @@ FLAGS = {
     "learn": "--lr 1e-3 --steps 50",
 }
 # The fixed answers instead of the middle model's text. Every other one has a <think> block.
-ANSWER = '<answer>{{"bbox":[{0},{0},{1},{1}],"points_1":[{0},{1}],"points_2":[{1},{0}]}}</answer>'
 ANSWERS = ["<think>x</think>" * (g % 2) + ANSWER.format(80 * g, 80 * g + 200) for g in range(8)]
 
 seconds = []  # of this process's steps so far

@@ -4,12 +4,10 @@
     python -m examples.trl_grpo                                         one process
     accelerate launch --num_processes 4 -m examples.trl_grpo --preset qwen3b --data refcocog:data
     accelerate launch --multi_gpu --num_processes 2 -m examples.trl_grpo        also without a GPU
-    python samr1_mini.py eval --adapter RUN/adapter
 
-samr1_mini.py trains on one device. TRL adds accelerate, and so several GPUs. Presets and flags are
-those of `samr1_mini.py train`, without --device, --adapter, --track and --dtype
-4bit. All processes together complete --prompts_per_step prompts in a step. Each has its own copy of
-policy and SAM. `python -m benchmarks.vs_trl` compares the speed of both.
+Presets and flags are those of `samr1_mini.py train`, without --device, --adapter, --track and
+--dtype 4bit. All processes together complete --prompts_per_step prompts in a step. Each has its own
+copy of policy and SAM.
 
 A run has the files of README's table, without evaluation and pictures of samples. TRL's own files
 are in RUN/checkpoint; checkpoint/completions holds every completion with its reward and advantage.
@@ -105,7 +103,6 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
     Returns a function from N completions (conversations that end with one) and their column `index`
     to N rewards. A process gets a part of the global batch, so its groups may be incomplete.
     """
-
     policy = samples.policy
 
     def sam_reward(completions, index, log_metric=None, log_extra=None, **_) -> list[float]:

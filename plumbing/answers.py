@@ -6,7 +6,6 @@ import re
 import warnings
 
 LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
-LONGEST_LIST = 40_000  # the same for a list of objects: VisionReasoner lists up to 120, with labels
 LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
 
 # A literal with an odd escape is still read. Filter this once: `warnings.catch_warnings` around
@@ -46,13 +45,13 @@ def read_literal(text: str, longest: int = LONGEST_ANSWER) -> object:
     return None
 
 
-def read_loosely(text: str, brackets: str, longest: int) -> object:
+def read_loosely(text: str, brackets: str, longest: int = LONGEST_ANSWER) -> object:
     """`read_literal` of what stands between the outermost brackets, "{}" or "[]", or None.
 
     So prose, the word of a fence or a list of one object may stand around the object. Comments are
     removed, and full-width punctuation is replaced, where the text cannot be read with them.
 
-    >>> read_loosely('Here it is: [{"bbox": [1，2，5，6]} // the box\\n]', "{}", longest=2000)
+    >>> read_loosely('Here it is: [{"bbox": [1，2，5，6]} // the box\\n]', "{}")
     {'bbox': [1, 2, 5, 6]}
     """
     if len(text) > longest:
@@ -65,93 +64,41 @@ def read_loosely(text: str, brackets: str, longest: int) -> object:
     return None
 
 
-def first_braces(text: str) -> str:
-    """The first {...} of a text, braces included, or "". It ends at the first closing brace.
+def read_answer(inside: str, loosely: bool = True) -> tuple[list[dict], bool]:
+    """The object that an answer holds, in a list, and whether the answer has the asked form, JSON.
 
-    >>> first_braces('the <{}> box {"bbox": [1, 2, 5, 6]} or {"bbox": [3, 4, 7, 8]}')
-    '{"bbox": [1, 2, 5, 6]}'
+    inside:  what stands in <answer>.
+    loosely: what is not of this form is read all the same if it is clear what it says, see
+             `read_loosely`. Two objects are not. What cannot be read is an object without keys.
+
+    `plumbing.segzero.read_answer` does this for prompts of other systems, which may be answered
+    with several objects.
+
+    >>> read_answer('{"bbox": [1, 2, 5, 6]}'), read_answer('it is {"bbox": [1, 2, 5, 6]}')
+    (([{'bbox': [1, 2, 5, 6]}], True), ([{'bbox': [1, 2, 5, 6]}], False))
     """
-    for part in text.split("}")[:-1]:
-        if "{" in part[:-1]:
-            return part[part.index("{") :] + "}"
-    return ""
+    data = read_literal(inside)
+    if isinstance(data, dict):
+        return [data], True
+    if loosely:
+        data = read_loosely(inside, "{}")
+    return [data if isinstance(data, dict) else {}], False
 
 
-def find_objects(
-    inside: str, style: str, text: str, loosely: bool = True
-) -> tuple[list[dict], bool]:
-    """The objects of an answer, and whether it has the type that its prompt asks for.
-
-    inside: what stands in <answer>. style: of the prompt. text: the whole completion.
-
-    Only "visionreasoner" is answered with a list of objects, which are returned one by one. What is
-    not of this type is read all the same if it is clear what it says: an object without its list,
-    and, if `loosely`, what `read_loosely` finds. Two objects are not, where one is asked for. What
-    cannot be read is an object without keys.
-
-    "segzero" is read as in Seg-Zero's evaluation: the first {...} of the completion.
-
-    >>> find_objects('{"bbox": [1, 2, 5, 6]}', "full", text="")
-    ([{'bbox': [1, 2, 5, 6]}], True)
-    >>> find_objects('[{"bbox_2d": [1, 2, 5, 6]}, 7]', "visionreasoner", text="")
-    ([{'bbox_2d': [1, 2, 5, 6]}, {}], True)
-    """
-    listed = style == "visionreasoner"
-    longest = LONGEST_LIST if listed else LONGEST_ANSWER
-    kind = list if listed else dict
-    data = read_literal(inside, longest)
-    asked_form = isinstance(data, kind)
-    if loosely and not isinstance(data, dict | kind):
-        data = read_loosely(inside, "[]" if listed else "{}", longest)
-    if style == "segzero":
-        first = read_literal(first_braces(text))
-        if isinstance(first, dict) and answer_keys(first, style)[0]:
-            data = first
-            asked_form = True
-    items = data if listed and isinstance(data, list) else [data]
-    return [item if isinstance(item, dict) else {} for item in items], asked_form
-
-
-def points_asked(style: str) -> int:
-    """Number of points that a prompt of this style asks for."""
-    return 1 if style == "visionreasoner" else 2
-
-
-def answer_keys(item: dict, style: str) -> list:
-    """The keys of an object's box and of its points.
-
-    For "segzero" the first keys that contain "bbox" and "point", as in Seg-Zero's evaluation.
-    """
-    if style == "visionreasoner":
-        return ["bbox_2d", "point_2d"]
-    if style != "segzero":
-        return ["bbox", "points_1", "points_2"]
-    names = {key: str(key).lower() for key in item}
-    box = next((key for key in names if "bbox" in names[key]), None)
-    points = [key for key in names if "point" in names[key]]
-    points.sort(key=lambda key: "points" not in names[key])  # "points_1" before "point_count"
-    return [box, *(points + [None, None])[:2]]
-
-
-def numbers(value: object, count: int, quoted: bool = False) -> tuple[float, ...] | None:
+def numbers(value: object, count: int) -> tuple[float, ...] | None:
     """`value` as floats if it is a list or tuple of `count` finite numbers, else None.
 
-    It may be the only element of another list. True is no number. quoted: numbers may be strings.
+    It may be the only element of another list. True is no number.
     """
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
-    if quoted:
-        value = [unquote(v) for v in value]
     if not all(type(v) in (int, float) and abs(v) <= LARGEST_NUMBER for v in value):
         return None
     return tuple(map(float, value))
 
 
-def unquote(value: object) -> object:
-    """A string as a float, if it is one."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return None
+def points_asked(style: str) -> int:
+    """Number of points that a prompt of this style asks for."""
+    return 1 if style == "visionreasoner" else 2

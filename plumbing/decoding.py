@@ -67,7 +67,7 @@ class StaticDecoder:
 def record_graph(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
     """Record `forward` as a CUDA graph, and return a function that replays it, or None on failure.
 
-    Why: a decoding step of the 3B policy is 2,469 kernels and 757 matrix products (counted on a
+    Why: a decoding step of the 3B policy is 2,541 kernels and 757 matrix products (counted on a
     stubbed CUDA runtime), and to launch them takes longer than to run them (not measured on a GPU
     yet). A graph launches all of them with one call.
 

@@ -22,7 +22,7 @@ from plumbing import pictures
 from plumbing.answers import points_asked
 from plumbing.errors import UserError
 from plumbing.intervals import PREFIXES, bootstrap, counts_of, giou_and_ciou, span
-from plumbing.runs import ANSWER, read_rows, start_log
+from plumbing.runs import ANSWER, append_lines, read_rows, start_log, write_lines
 
 PROTOCOLS = {
     "lisa": "ignored pixels are left out, an empty union has IoU 1",
@@ -147,16 +147,41 @@ def paper_results(spec: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def start_answers(out: Path, settings, count: int) -> list[dict]:
-    """Write config.json, and return the answers that an interrupted evaluation has written.
+class Answers:
+    """The rows of answers.jsonl, those of an interrupted evaluation too. Writes config.json.
 
-    Raises UserError if they are more than the `count` that `settings` ask for.
+    Raises UserError if there are more of them than the `count` that the settings `s` ask for.
     """
-    rows = read_rows(out / "answers.jsonl", ANSWER) if settings.resume else []
-    if len(rows) > count:
-        raise UserError(f"--limit {count}: {out} has {len(rows)} answers already: name as many")
-    start_log(out, settings, "answers.jsonl", rows)
-    return rows
+
+    def __init__(self, out: Path, s, count: int, style: str):
+        """style: of the prompt."""
+        self.file = out / "answers.jsonl"
+        self.settings = s
+        self.count = count
+        self.style = style
+        self.rows = read_rows(self.file, ANSWER) if s.resume else []
+        if len(self.rows) > count:
+            done = f"{out} has {len(self.rows)} answers already"
+            raise UserError(f"--limit {count}: {done}: name as many")
+        start_log(out, s, self.file.name, self.rows)
+
+    def missing(self) -> list[int]:
+        """Indices of the samples to evaluate. Skipped ones are tried again, as files get mended."""
+        skipped = [index for index, row in enumerate(self.rows) if "skipped" in row]
+        return skipped + list(range(len(self.rows), self.count))
+
+    def recount(self, row: dict, masks, sample, answer) -> dict:
+        return count(row, masks, sample, is_readable(answer, self.style), self.settings)
+
+    def add(self, found: dict[int, dict]) -> None:
+        """Log the rows of a batch, by index."""
+        done = len(self.rows)
+        self.rows = [found.get(index, row) for index, row in enumerate(self.rows)]
+        self.rows += [row for index, row in sorted(found.items()) if index >= done]
+        if min(found) < done:
+            write_lines(self.file, self.rows)
+        else:
+            append_lines(self.file, self.rows[done:])
 
 
 def read_other(file: str, count: int) -> list[dict]:

@@ -95,19 +95,19 @@ def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor
     file = weights.adapter_file(folder, flag)
     tensors = weights.read_tensors(file, flag)
     weights.check_finite(tensors.items(), f"{flag}: {file.name}", "it is damaged: fetch it again")
-    try:
+    with refusing(lambda error: f"{flag}: {weights.unreadable(str(folder), error)}"):
         with warnings.catch_warnings(action="ignore"):  # of keys that it does not know, see below
             config = PeftConfig.from_pretrained(folder)
         stated = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         # A newer version writes its new keys into every file. Null, false or {} is a method unused.
         ignored = [key for key, value in stated.items() if value and not hasattr(config, key)]
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{flag}: {weights.unreadable(str(folder), error)}") from error
     if ignored:
         keys = ", ".join(ignored)
         raise UserError(f"{flag}: this peft does not know its {keys}: pip install -U peft")
     if config.is_prompt_learning:
         raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
+    if getattr(config, "lora_alpha", 1) == 0:
+        raise UserError(f"{flag}: its lora_alpha is 0, so it does nothing: name another")
     start = str(getattr(config, "init_lora_weights", ""))
     if getattr(config, "alora_invocation_tokens", None) or "niter" in start:
         reason = "it acts after some tokens only, or on base weights that were found at random"
@@ -119,14 +119,14 @@ def load_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
     """Put the trained adapter in a folder on a model, with all of its weights. Raises UserError."""
     flag = f"--adapter {adapter}"
     folder, config, tensors = read_adapter(adapter)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # `check_keys` reports the same
-            model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
-            # A second time, because only this returns which keys were not used.
-            keys = model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
-    except Exception as error:  # a damaged file can raise anything
-        reason = weights.unreadable(str(folder), error)
-        raise UserError(f"{flag}: it does not fit: {reason}") from error
+    unfit = f"{flag}: it does not fit"
+    with (
+        refusing(lambda error: f"{unfit}: {weights.unreadable(str(folder), error)}"),
+        warnings.catch_warnings(action="ignore"),  # `check_keys` reports the same
+    ):
+        model = PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
+        # A second time, because only this returns which keys were not used.
+        keys = model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
     missing = {key.replace(".default", "") for key in keys.missing_keys}
     expected = weights.shapes(get_peft_model_state_dict(model, save_embedding_layers=False))
     weights.check_keys(

@@ -15,14 +15,13 @@ import pickle
 import re
 import unicodedata
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw
 from pycocotools import mask as coco
 
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, reason_of, refusing
 
 THINNEST = 200  # longest side over shortest; the tiny SAM would lose the short one above 256
 LARGEST_CORNER = 1e5  # pixels; OpenCV and pycocotools convert corners to int32 without a check
@@ -116,23 +115,17 @@ def read_instances(file: Path, hint: str) -> tuple[dict, dict]:
 
     Returns {image id: (file name, (width, height))}, {annotation id: (image id, segmentation)}.
     """
-    with foreign(file, hint):
-        return parse_instances(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)  # training reads two splits of one file, and reading it takes seconds
-def parse_instances(file: Path, changed: int) -> tuple[dict, dict]:
-    """As `read_instances`. changed: when the file was written, so a new version is read again."""
-    instances = json.loads(file.read_bytes())
     images = {}
-    for image in instances["images"]:
-        name = image["file_name"]
-        if os.path.basename(name) != name:  # tools.fetch writes files of these names
-            raise ValueError("a file_name in it is a path")
-        add_once(images, image["id"], (name, (image["width"], image["height"])))
     annotations = {}
-    for one in instances["annotations"]:
-        add_once(annotations, one["id"], (whole(one["image_id"]), one.get("segmentation")))
+    with foreign(file, hint):
+        instances = json.loads(file.read_bytes())
+        for image in instances["images"]:
+            name = image["file_name"]
+            if os.path.basename(name) != name:  # tools.fetch writes files of these names
+                raise ValueError("a file_name in it is a path")
+            add_once(images, image["id"], (name, (image["width"], image["height"])))
+        for one in instances["annotations"]:
+            add_once(annotations, one["id"], (whole(one["image_id"]), one.get("segmentation")))
     return images, annotations
 
 
@@ -236,6 +229,29 @@ def decode_text(raw: bytes) -> str:
     if "\ufffd" in text or OTHER_ENCODING.search(text):
         raise ValueError("it is neither UTF-8 nor cp1252: save it as UTF-8")
     return text
+
+
+def labelme_files(folder: Path) -> dict[str, dict[str, Path]]:
+    """The files of each sample in a folder of ReasonSeg: {name: {suffix in small letters: file}}.
+
+    A .png without a .json is no sample: it may be the mask of one.
+    """
+    found = {}
+    for file in sorted(folder.glob("[!.]*")):
+        found.setdefault(file.stem, {})[file.suffix.lower()] = file
+    needed = {".json", ".jpg", ".jpeg"}
+    return {name: files for name, files in found.items() if needed & set(files)}
+
+
+def labelme_picture(files: dict[str, Path]) -> Path | None:
+    """The picture among the files of a sample. Where there is a .jpg, LISA reads that one.
+
+    Raises UserError if there are two others.
+    """
+    found = [files[suffix] for suffix in (".jpg", ".jpeg", ".png", ".webp") if suffix in files]
+    if len(found) > 1 and ".jpg" not in files:
+        raise UserError(f"{found[0].name} and {found[1].name} have its name: keep one")
+    return found[0] if found else None
 
 
 def read_labelme(file: Path, size: tuple[int, int]) -> tuple[object, list[dict]]:
@@ -370,11 +386,9 @@ def read_picture(file: str) -> Image.Image:
     """`decode_image` for a picture of the user's. Raises UserError."""
     if not file:
         raise UserError("--image: name the picture")
-    try:
+    mend = "name a JPEG, PNG or WebP of less than 89 megapixels that other programs can open"
+    with refusing(lambda error: f"{file} cannot be used ({reason_of(error)}): {mend}"):
         return decode_image(Path(file).expanduser())
-    except Exception as error:  # a damaged file can raise anything
-        mend = "name a JPEG, PNG or WebP of less than 89 megapixels that other programs can open"
-        raise UserError(f"{file} cannot be used ({reason_of(error)}): {mend}") from error
 
 
 # --------------------------------------------------------------------------------------------------

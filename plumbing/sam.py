@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from segment_anything import modeling
 from segment_anything.modeling.image_encoder import Attention
 
-from plumbing.devices import to_device
 from plumbing.errors import UserError
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "sam.safetensors"
@@ -153,18 +152,3 @@ def folded_attention(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, H + W)), scale=1.0)
     out = out[..., : v.shape[-1]]
     return attention.proj(out.transpose(1, 2).reshape(B, H, W, -1))
-
-
-def load_weights(sam: torch.nn.Module, device: torch.device) -> list[torch.Tensor]:
-    """Copy the weights to a device. Returns those in host memory, for `restore_weights`."""
-    held = [*sam.parameters(), *sam.buffers()]
-    host = [x.data for x in held]
-    for x in held:
-        x.data = to_device(x.data, device)
-    return host
-
-
-def restore_weights(sam: torch.nn.Module, host: list[torch.Tensor]) -> None:
-    """Use the weights in host memory again. SAM is frozen, so nothing is copied back."""
-    for x, weight in zip((*sam.parameters(), *sam.buffers()), host, strict=True):
-        x.data = weight

@@ -1,4 +1,4 @@
-"""segzero.py - what Seg-Zero and VisionReasoner do otherwise: their requests, and a reward.
+"""segzero.py - what Seg-Zero and VisionReasoner do otherwise: requests, answers, and a reward.
 
 Seg-Zero (arXiv 2503.06520) is the closest earlier system. The public checkpoints of both were
 trained with one wording each. The wordings here are our own. They keep what an answer depends on:
@@ -9,6 +9,7 @@ so the chat template's default stands.
 import numpy as np
 import torch
 
+from plumbing.answers import LONGEST_ANSWER, read_literal, read_loosely
 from plumbing.rewards import box_ious, true_box
 from plumbing.scenes import interior_points, points_inside
 
@@ -34,6 +35,8 @@ the form:
 
 REQUESTS = {"segzero": SEGZERO, "visionreasoner": VISIONREASONER}
 
+LONGEST_LIST = 40_000  # characters: VisionReasoner lists up to 120 objects, with labels
+
 # What the evaluations of the two systems strip from both ends of a query.
 STRIPPED = {"segzero": ".", "visionreasoner": '."?!'}
 
@@ -47,6 +50,77 @@ def plain_query(query: str, style: str) -> str:
     'what'
     """
     return query.lower().strip(STRIPPED[style])
+
+
+def read_answer(
+    inside: str, style: str, text: str, loosely: bool = True
+) -> tuple[list[dict], bool]:
+    """The same as `plumbing.answers.read_answer` for "segzero" and "visionreasoner".
+
+    text: the whole completion. The objects get the keys of our own prompt.
+
+    "segzero" is read as in Seg-Zero's evaluation: the first {...} of the completion, numbers also
+    in quotes. "visionreasoner" is answered with a list of objects, which have one point each.
+
+    >>> read_answer('[{"bbox_2d": [1, 2, 5, 6]}, 7]', "visionreasoner", text="")
+    ([{'bbox': [1, 2, 5, 6], 'points_1': None}, {}], True)
+    """
+    listed = style == "visionreasoner"
+    longest = LONGEST_LIST if listed else LONGEST_ANSWER
+    kind = list if listed else dict
+    data = read_literal(inside, longest)
+    asked_form = isinstance(data, kind)
+    if loosely and not isinstance(data, dict | kind):
+        data = read_loosely(inside, "[]" if listed else "{}", longest)
+    if listed:
+        items = data if isinstance(data, list) else [data]
+        keys = {"bbox": "bbox_2d", "points_1": "point_2d"}
+        return [
+            {ours: item.get(key) for ours, key in keys.items()} if isinstance(item, dict) else {}
+            for item in items
+        ], asked_form
+    first = read_literal(first_braces(text))
+    if isinstance(first, dict) and "bbox" in rename_keys(first):
+        return [rename_keys(first)], True
+    return [rename_keys(data) if isinstance(data, dict) else {}], asked_form
+
+
+def rename_keys(item: dict) -> dict:
+    """An object with our keys for the first ones that contain "bbox" and "point", and with floats
+    in place of texts, as in Seg-Zero's evaluation.
+
+    >>> rename_keys({"Bbox": ["1", 2, 5, 6], "point_count": 2, "points_1": [3, 4]})
+    {'bbox': [1.0, 2, 5, 6], 'points_1': [3, 4], 'points_2': 2}
+    """
+    names = {key: str(key).lower() for key in item}
+    boxes = [key for key in names if "bbox" in names[key]]
+    points = [key for key in names if "point" in names[key]]
+    points.sort(key=lambda key: "points" not in names[key])  # "points_1" before "point_count"
+    renamed = dict(zip(("bbox",), boxes, strict=False))
+    renamed |= dict(zip(("points_1", "points_2"), points, strict=False))
+    return {ours: unquote(item[key]) for ours, key in renamed.items()}
+
+
+def unquote(value: object, depth: int = 2) -> object:
+    """A text as a float, if it is one; also in a list, and in a list in a list."""
+    if isinstance(value, list | tuple) and depth:
+        return type(value)(unquote(one, depth - 1) for one in value)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+
+
+def first_braces(text: str) -> str:
+    """The first {...} of a text, braces included, or "". It ends at the first closing brace.
+
+    >>> first_braces('the <{}> box {"bbox": [1, 2, 5, 6]} or {"bbox": [3, 4, 7, 8]}')
+    '{"bbox": [1, 2, 5, 6]}'
+    """
+    for part in text.split("}")[:-1]:
+        if "{" in part[:-1]:
+            return part[part.index("{") :] + "}"
+    return ""
 
 
 def segzero_reward(

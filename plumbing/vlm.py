@@ -82,13 +82,19 @@ class Policy:
         """The number it writes for the far edge of the image, see `reward.sam_prompt`."""
         return self.side if self.coordinates == "pixels" else 1000
 
-    def read(self, samples: list[Sample]) -> Prompts:
-        """Tokenise the queries and encode the images, resized without keeping the aspect ratio."""
+    def read(self, samples: list[Sample], starts: list[str] | None = None) -> Prompts:
+        """Tokenise the queries and encode the images, resized without keeping the aspect ratio.
+
+        starts: texts that completions are made to begin with, such as a thought. They stand at the
+                end of the prompts. A thinking model's <think> may be part of one.
+        """
         chats = [messages(one.query, self.prompt, self.coordinates, self.side) for one in samples]
         images = [one.image.resize((self.side, self.side)) for one in samples]
         texts = self.processor.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True
         )
+        for k, start in enumerate(starts or ()):
+            texts[k] += start.removeprefix(self.opening)
         inputs = self.processor(
             text=texts, images=images, return_tensors="pt", padding=True, padding_side="left"
         )

@@ -14,9 +14,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from safetensors import safe_open
 from transformers.utils import logging
 
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, reason_of, refusing
 
 POINTER = b"version https://git-lfs"  # how the small file begins that stands for a large one
+QUANTISED = {"I8", "U8", "F8_E4M3", "F8_E5M2"}  # types in a .safetensors, then those of torch
+QUANTISED |= {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -46,7 +48,7 @@ def fault_of(file: Path) -> str:
                 types = {part.get_dtype() for part in map(opened.get_slice, opened.keys())}
     except Exception as error:  # a damaged file can raise anything; this block only reads
         return f"is damaged or truncated: fetch it again ({reason_of(error)})"
-    if types & {"I8", "U8", torch.int8, torch.uint8}:  # would be read without their scale
+    if types & QUANTISED:  # would be read without their scale
         return "holds quantised weights, which are not read: fetch those in float"
     # Some programs give a file its final size first, and write the data later. An adapter may end
     # in zeros: so do the weights of an untrained one.
@@ -66,22 +68,17 @@ def read_tensors(file: Path, flag: str) -> dict:
 
     Raises UserError if it cannot be read.
     """
-    try:
-        if not file.is_file():
-            raise UserError(f"{flag}: there is no file {file}")
+    if not file.is_file():
+        raise UserError(f"{flag}: there is no file {file}")
+    why = "it is truncated, or holds something else than tensors: fetch it again"
+    unread = f"{flag}: {file} cannot be read as weights"
+    with refusing(lambda error: f"{unread} ({type(error).__name__}): {why}"):
         if fault := fault_of(file):
             raise UserError(f"{flag}: {file} {fault}")
         if file.suffix == ".safetensors":
             tensors = safetensors.torch.load_file(file)
         else:  # weights_only: a downloaded pickle could run any code; this reads only tensors
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can raise anything; this block only reads
-        raise UserError(
-            f"{flag}: {file} cannot be read as weights ({type(error).__name__}): it is truncated, "
-            "or holds something else than tensors: fetch it again"
-        ) from error
     if not isinstance(tensors, dict):
         raise UserError(f"{flag}: {file} holds a {type(tensors).__name__}, not named weights")
     return {str(key): value for key, value in tensors.items()}
@@ -217,16 +214,18 @@ def check_keys(missing: Collection, unknown: Collection, sizes: dict, what: str,
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str, mend: str) -> None:
     """Raise UserError if a weight is no tensor of floating-point numbers, or one of them is NaN or
-    infinite. `tensors`: names and weights, on one device.
+    infinite. float8 is refused too: it stands for numbers only with a scale, which is not read.
+
+    tensors: names and weights, on one device.
 
     The sum shows it, without a second tensor of the size of the weight.
     """
     sums = {}
     for name, tensor in tensors:
         kind = getattr(tensor, "dtype", type(tensor).__name__)
-        if not getattr(kind, "is_floating_point", False) or tensor.is_meta or tensor.is_sparse:
+        number = getattr(kind, "is_floating_point", False) and kind.itemsize > 1  # not float8
+        if not number or tensor.is_meta or tensor.is_sparse:
             raise UserError(f"{what}: {name} ({kind}) holds no floating-point numbers: {mend}")
-        tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
         sums[name] = tensor.detach().sum(dtype=torch.float32)
     if not sums:
         return

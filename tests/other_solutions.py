@@ -7,60 +7,47 @@ BODIES = {
     "parse_answer": """
 import re
 
-around, thought, rest = "", "", text
-if re.findall("</?think>", text) == ["<think>", "</think>"]:
-    around, thought, rest = re.split("</?think>", text)
+tagged = re.findall("</?think>", text) == ["<think>", "</think>"]
+around, thought, rest = re.split("</?think>", text) if tagged else ("", "", text)
 end = rest.rfind("</answer>")
-start = rest.rfind("<answer>", 0, end) if end >= 0 else -1
+start = rest.rfind("<answer>", 0, max(end, 0))
 answered = start >= 0
 inside = rest[start + len("<answer>") : end] if answered else ""
-if answered:
-    around += rest[:start] + rest[end + len("</answer>") :]
-items, good = find_objects(inside, style, text, loosely=answered)
-good = good and bool(items)
+around += rest[:start] + rest[end + len("</answer>") :] if answered else ""
+from plumbing import segzero
+
+others = style in segzero.REQUESTS
+items, good = (
+    segzero.read_answer(inside, style, text, answered) if others else read_answer(inside, answered)
+)
 objects = []
 for item in items:
-    one = read_object(item, style)
+    one = read_object(item, points_asked(style))
     good = good and one.asked_form and bool(one.box) and all(one.points)
-    points = tuple(filter(None, one.points))
-    if one.box or points:
-        objects.append((one.box, points))
-box, points = objects[0] if objects else (None, ())
+    objects.append((one.box, tuple(filter(None, one.points))))
+objects = list(filter(any, objects)) or [(None, ())]
 whole = answered and thought.strip() != "" and around.strip() == ""
-return Answer(whole, good, box, points, thought.strip(), tuple(objects[1:]))
+return Answer(whole, good and bool(items), *objects[0], thought.strip(), tuple(objects[1:]))
 """,
     "read_object": """
-box_key, *point_keys = answer_keys(item, style)
-form = True
-values = []
-for key, count in ((box_key, 4), *((key, 2) for key in point_keys)):
-    value = item.get(key)
-    form = form and isinstance(value, list) and len(value) != 1
-    values.append(numbers(value, count, quoted=style == "segzero"))
-box, *points = values
-if box is not None:
-    x1, y1, x2, y2 = box
-    box = box if x2 > x1 and y2 > y1 else None
-return AnsweredObject(box, points, form)
+values = [item.get("bbox"), *(item.get(f"points_{k + 1}") for k in range(count))]
+box = numbers(values[0], 4)
+if box is not None and (box[2] <= box[0] or box[3] <= box[1]):
+    box = None
+points = [numbers(value, 2) for value in values[1:]]
+return AnsweredObject(box, points, all(type(value) is list and value[1:] for value in values))
 """,
     "sam_prompt": """
 scale = np.array([width, height]) / extent
 box = None
-if answer.box is not None:
-    corners = np.array(answer.box).reshape(2, 2) * scale
-    corners = np.clip(corners, 0, [width, height])
-    if (corners[1] > corners[0]).all():
-        box = tuple(corners.flatten().tolist())
-points = []
-for point in answer.points:
-    x, y = (np.array(point) * scale).tolist()
-    if not (x < 0 or y < 0 or x > width or y > height):
-        points.append((x, y))
-others = []
-for other_box, other_points in answer.others:
-    other = Answer(True, True, other_box, other_points, "")
-    others.append(sam_prompt(other, extent, width, height))
-return SamPrompt(box, tuple(points), tuple(others))
+if answer.box:
+    corners = (np.reshape(answer.box, (2, 2)) * scale).clip(0, [width, height])
+    box = tuple(corners.flatten().tolist()) if (corners[1] > corners[0]).all() else None
+points = np.reshape(answer.points, (-1, 2)) * scale
+inside = ((points >= 0) & (points <= [width, height])).all(1)
+points = tuple(map(tuple, points[inside].tolist()))
+others = [Answer(True, True, *other, "") for other in answer.others]
+return SamPrompt(box, points, tuple(sam_prompt(one, extent, width, height) for one in others))
 """,
     "Overlap.iou": """
 empty = self.union == 0
@@ -99,20 +86,14 @@ ratio = torch.exp(logprobs - old)
 A = advantages.unsqueeze(-1).expand_as(ratio)
 worst = torch.where(A > 0, ratio.clamp(max=1 + eps_high), ratio.clamp(min=1 - eps_low))
 kl = torch.zeros_like(ratio) if beta == 0 else k3_kl(logprobs, reference)
-lengths = mask.sum(-1)  # (B, G)
-if normalise == "token":
-    weight = mask / lengths.sum(-1)[:, None, None]
-else:
-    weight = mask / lengths[..., None] / mask.shape[1]
-loss = -((worst * A - beta * kl) * weight).sum() / mask.shape[0]
+B, G, _ = mask.shape
+lengths = mask.sum(-1, keepdim=True)  # (B, G, 1)
+shares = 1 / lengths.sum(1, keepdim=True) if normalise == "token" else 1 / lengths / G
+loss = -((worst * A - beta * kl) * shares)[mask].sum() / B
 side = clip_side(ratio.detach(), A, eps_low, eps_high)
-inside = side[mask]
-statistics = {
-    "kl": kl.detach()[mask].mean(),
-    "ratio": ratio.detach()[mask].mean(),
-    "clip_low": inside.eq(-1).double().mean(),
-    "clip_high": inside.eq(1).double().mean(),
-}
+statistics = {"kl": kl.detach()[mask].mean(), "ratio": ratio.detach()[mask].mean()}
+statistics["clip_low"] = side[mask].eq(-1).double().mean()
+statistics["clip_high"] = side[mask].eq(1).double().mean()
 return loss, statistics, side
 """,
     "clip_side": """
@@ -131,43 +112,36 @@ first = vlm(
     mm_encoder_outputs={"image": prompts.vision},
     use_cache=True,
 )
-logits = torch.repeat_interleave(first.logits[:, -1], G, dim=0)
 decode = decoder(vlm, first.cache, prompts, G, max_new_tokens)
+logits = torch.repeat_interleave(first.logits[:, -1], G, dim=0)
 ids = torch.full((len(logits), max_new_tokens), int(end[0]), device=vlm.device)
 length = torch.full((len(logits),), max_new_tokens, device=vlm.device)
 for t in range(max_new_tokens):
-    logits = logits.float()
-    logits[:, banned] = float("-inf")
+    logits = logits.float().index_fill(1, banned, float("-inf"))
     ids[:, t] = choose_token(logits, temperature, generator)
-    ends = (ids[:, t, None] == end).any(1) & (length == max_new_tokens)
-    length[ends] = t + 1
+    length[torch.isin(ids[:, t], end) & (length == max_new_tokens)] = t + 1
     if t + 1 == max_new_tokens or (length <= t + 1).all():
         break
     logits = decode.step(ids[:, t])
-T = int(length.max())
-mask = torch.arange(T, device=vlm.device) < length[:, None]
-return Completions(ids[:, :T].view(-1, G, T).cpu(), mask.view(-1, G, T).cpu())
+mask = torch.arange(t + 1, device=vlm.device) < length[:, None]
+return Completions(ids[:, : t + 1].view(-1, G, t + 1).cpu(), mask.view(-1, G, t + 1).cpu())
 """,
     "pack": """
 B, G, _ = completions.ids.shape
 rows = []
 for b in range(B):
     seen = prompts.mask[b]
-    P = int(seen.sum())
     ids = prompts.ids[b][seen].tolist()
     positions = prompts.positions[:, b][:, seen].T.tolist()
-    largest = max(map(max, positions))
-    segments = [0] * P
-    sources, targets = [], []
+    last, largest = len(ids) - 1, max(map(max, positions))
+    segments, sources, targets = [0] * len(ids), [], []
     for g in range(G):
-        previous = P - 1
-        for t, token in enumerate(completions.ids[b, g][completions.mask[b, g]].tolist()):
-            sources.append(previous)
-            previous = len(ids)
-            targets.append(token)
-            ids.append(token)
-            positions.append([largest + 1 + t] * 3)
-            segments.append(g + 1)
+        tokens = completions.ids[b, g][completions.mask[b, g]].tolist()
+        sources += [last, *range(len(ids), len(ids) + len(tokens) - 1)]
+        positions += [[largest + 1 + t] * 3 for t in range(len(tokens))]
+        segments += [g + 1] * len(tokens)
+        targets += tokens
+        ids += tokens
     rows.append((ids, positions, segments, sources, targets))
 L = max(len(row[0]) for row in rows)
 return PackedRows(
@@ -186,28 +160,24 @@ return past & ((key == 0) | (key == query))
 """,
     "group_logprobs": """
 vlm = base(model)
-packed = pack(prompts, completions)
+packed = PackedRows(*(x.to(vlm.device) for x in pack(prompts, completions)))
 states = vlm.model(
-    input_ids=packed.ids.to(vlm.device),
-    attention_mask=may_attend(packed.segments).unsqueeze(1).to(vlm.device),
-    position_ids=packed.positions.to(vlm.device),
+    input_ids=packed.ids,
+    attention_mask=may_attend(packed.segments).unsqueeze(1),
+    position_ids=packed.positions,
     mm_encoder_outputs={"image": prompts.vision},
     use_cache=False,
-).last_hidden_state
-states = states.reshape(-1, states.shape[-1])
+).last_hidden_state.flatten(0, 1)
 chunk = chunk or max(1, LOGITS_AT_ONCE // vlm.lm_head.out_features)
-mask = completions.mask.to(vlm.device)
-where = mask.nonzero(as_tuple=True)
-result = torch.zeros(2, *mask.shape, device=vlm.device)
 parts = []
 for start in range(0, len(packed.targets), chunk):
-    sources = packed.sources[start : start + chunk].to(vlm.device)
-    targets = packed.targets[start : start + chunk].to(vlm.device)
-    pair = head_logprobs(vlm.lm_head, states[sources], targets, temperature, banned)
+    part = slice(start, start + chunk)
+    hidden = states[packed.sources[part]]
+    pair = head_logprobs(vlm.lm_head, hidden, packed.targets[part], temperature, banned)
     parts.append(torch.stack(pair))
-both = torch.cat(parts, 1)
-logprobs, entropies = (result[k].index_put(where, both[k]) for k in (0, 1))
-return logprobs, entropies.detach()
+mask = completions.mask.to(vlm.device).expand(2, -1, -1, -1)
+result = torch.zeros(mask.shape, device=vlm.device).masked_scatter(mask, torch.cat(parts, 1))
+return result[0], result[1].detach()
 """,
     "train": """
 chosen = runs.indices(step, s.prompts_per_step, len(samples), s.seed)

@@ -106,7 +106,7 @@ def test_an_evaluation_without_a_usable_sample_is_refused(refcocog, tmp_path):
         file.write_bytes(b"no picture")
     out = tmp_path / "eval"
     message = refused(run, "eval --data", f"refcocog:{refcocog}/test", "--out", out)
-    assert f"refcocog:{refcocog}/test: none of " in message
+    assert "--data: none of " in message
     assert "skipped" in answers(out)[0] and not (out / "eval.json").exists()
 
 
@@ -356,7 +356,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert len(tests) == 1 and tests[0] in ci
 
 
-@pytest.mark.parametrize("file", ["README.md", "TUTORIAL.md", ".ci/run"])
+@pytest.mark.parametrize("file", ["README.md", "TUTORIAL.md", ".ci/run", ".ci/versions"])
 def test_the_flags_in_commands_exist(file):
     text = (ROOT / file).read_text()
     lines = re.findall(r"samr1_mini\.py (train|eval|segment)([^\n`|]*)", text)

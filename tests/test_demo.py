@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from makers import refused
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import samr1_mini
-from data import Shapes, messages
-from plumbing.errors import UserError
+from data import messages
 from plumbing.vlm import vlm_path
 from reward import score_completions
 from tools import demo
@@ -26,15 +26,10 @@ THOUGHT = "the red circle is at the middle right"  # about one of the shapes of 
 
 
 @pytest.fixture(scope="module")
-def asker(tmp_path_factory):
+def asker(policy_parts, tmp_path_factory):
     """Base model and an adapter with random weights."""
     folder = tmp_path_factory.mktemp("adapter")
-    model = samr1_mini.add_lora(samr1_mini.load_policy(DemoSettings()).model, rank=4, seed=0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:  # zero in an untrained adapter, which then changes nothing
-                weight.normal_(std=0.05)
-    model.save_pretrained(folder)
+    policy_parts.model.save_pretrained(folder)
     return demo.Asker(DemoSettings(adapter=str(folder)))
 
 
@@ -61,6 +56,8 @@ def test_a_thinking_model_gets_its_tag_once(asker, monkeypatch):
     start = "<think>the red star</think>"
     text = asker.complete(demo.drawn_scene(2), False, start)
     assert text.startswith(start) and text.count("<think>") == 1
+    ids = asker.policy.read([demo.drawn_scene(2)], [start]).ids[0]
+    assert "<think>" not in asker.policy.processor.decode(ids)
     assert asker.complete(demo.drawn_scene(2), False).startswith("<think>")
 
 
@@ -80,16 +77,14 @@ def test_an_answer_shows_the_reward_of_training_if_the_true_mask_is_known(asker,
     assert not (np.asarray(picture) == (0, 255, 0)).all(2).any()
 
 
-@pytest.mark.parametrize(("query", "thought"), [("", ""), ("a", "<|im_end|>")])
-def test_texts_that_no_policy_should_read_are_refused(asker, query, thought):
-    with pytest.raises((UserError, ValueError), match="query|thought"):
-        demo.answer(asker, True, demo.drawn_scene(2), query, thought)
-
-
-@pytest.mark.parametrize("number", [100_000, None])
-def test_scenes_that_do_not_exist_are_refused(number):
-    with pytest.raises(UserError, match="from 0 to 99999"):
-        demo.drawn_scene(number)
+def test_what_no_policy_should_read_is_refused(asker):
+    scene = demo.drawn_scene(2)
+    for query, thought in (("a" * 1001, ""), ("a", "[" * 10**5)):  # that keep the server busy
+        assert "at most 1000" in refused(demo.answer, asker, True, scene, query, thought)
+    assert "query" in refused(demo.answer, asker, True, scene, "", "")
+    assert "thought" in refused(demo.answer, asker, True, scene, "a", "<|im_end|>")
+    for number in (100_000, None):
+        assert "from 0 to 99999" in refused(demo.drawn_scene, number)
 
 
 def test_uploads_are_scaled_down_or_refused_by_their_name(tmp_path):
@@ -98,16 +93,14 @@ def test_uploads_are_scaled_down_or_refused_by_their_name(tmp_path):
     assert sample.image.size == picture.size == (1024, 512)
     assert query == "" and not sample.mask.any()
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"text\.png") as refused:
-        demo.uploaded_picture(str(tmp_path / "text.png"))
-    assert str(tmp_path) not in str(refused.value)  # where uploads lie is no one's business
+    message = refused(demo.uploaded_picture, str(tmp_path / "text.png"))
+    assert "text.png" in message and str(tmp_path) not in message  # where uploads lie is no one's
 
 
 def test_without_gradio_one_line_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(demo, "Asker", lambda s: pytest.fail("no model may be loaded before"))
-    with pytest.raises(UserError, match="pip install gradio"):
-        demo.main([])
+    assert "pip install gradio" in refused(demo.main, [])
 
 
 @pytest.mark.slow
@@ -117,8 +110,7 @@ def test_a_port_in_use_is_named(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert DemoSettings().host == "127.0.0.1"  # for this machine unless asked otherwise
-        with pytest.raises(UserError, match=f"--port {port}"):
-            demo.main(["--port", str(port)])
+        assert f"--port {port}" in refused(demo.main, ["--port", str(port)])
 
 
 @pytest.fixture
@@ -171,16 +163,10 @@ def test_load_draw_ask_edit_the_thought_ask_again(page, asker, monkeypatch):
         wait_for("Completion", column, expected[column])
         wait_for("Reward", column, "IoU")
 
-    # The base model's answer follows the thought: its points go to the shape that it names.
+    followed = asker.complete(scene, False, f"<think>{THOUGHT}</think>")
     page.get_by_label("Thought").first.fill(THOUGHT)
     page.get_by_role("button", name="Go on from this thought").first.click()
-    wait_for("Completion", 0, f"<think>{THOUGHT}</think>")
-    shown = page.get_by_label("Reward").first.input_value()
-    points = re.findall(r"\((\d+), (\d+)\)", shown)
-    things = Shapes("heldout").scene(3)[1]
-    middle = np.mean(np.array(points, float), 0)
-    nearest = min(things, key=lambda thing: np.linalg.norm(middle - thing.centre))
-    assert len(points) == 2 and (nearest.colour, nearest.kind) == ("red", "circle")
+    wait_for("Completion", 0, followed)
 
     page.get_by_label("Query").fill(HOSTILE + "<|image_pad|>")
     page.get_by_role("button", name="Ask").click()
@@ -197,11 +183,5 @@ def test_an_adapter_that_changes_the_base_model_is_not_shown_beside_it(options, 
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
     model = samr1_mini.load_policy(DemoSettings()).model
     get_peft_model(model, lora).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="--adapter .*tools.merge"):
-        demo.Asker(DemoSettings(adapter=str(tmp_path)))
-
-
-@pytest.mark.parametrize("query, thought", [("a" * 1001, ""), ("a", "[" * 10**5)])
-def test_a_text_that_would_keep_the_server_busy_is_refused(query, thought, asker):
-    with pytest.raises(UserError, match="at most 1000 characters"):
-        demo.answer(asker, True, demo.drawn_scene(2), query, thought)
+    message = refused(demo.Asker, DemoSettings(adapter=str(tmp_path)))
+    assert "--adapter " in message and "tools.merge" in message

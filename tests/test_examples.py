@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from makers import IMAGES, make_refcocog, read_rows, refused
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationMixin
 
@@ -16,9 +17,7 @@ import samr1_mini
 from data import BadSample, Shapes
 from examples import trl_grpo
 from grpo import group_advantages
-from plumbing.errors import UserError
 from reward import score_completions
-from tests.makers import IMAGES, make_refcocog, read_rows
 
 LOG = "metrics.jsonl"
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +37,12 @@ def answer(sample, think=True) -> str:
     return "<think>this one</think>" * think + ANSWER.format(x1, y1, x2, y2, *centre, *centre)
 
 
-def conversations(texts: list[str]) -> list[list[dict]]:
-    return [[{"role": "assistant", "content": text}] for text in texts]
+def paid(scorer, source, texts: list[str], index: list[int]) -> tuple[list[float], dict]:
+    """The rewards that TRL gets for completions of these samples, and the logged means."""
+    means = {}
+    reward = trl_grpo.trl_reward(scorer, source, "tiered")
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    return reward(completions, index, log_metric=means.__setitem__), means
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
@@ -57,9 +60,8 @@ def test_trl_reward_equals_the_reward_in_any_order(scorer, samples, monkeypatch)
     assert len(set(expected)) > 2
     encoded, encode = [], scorer.encode
     monkeypatch.setattr(scorer, "encode", lambda images: encoded.extend(images) or encode(images))
-    reward = trl_grpo.trl_reward(scorer, trl_grpo.Samples(samples, POLICY, 6), "tiered")
-    means = {}
-    assert reward(conversations(texts), index, log_metric=means.__setitem__) == expected
+    rewards, means = paid(scorer, trl_grpo.Samples(samples, POLICY, 6), texts, index)
+    assert rewards == expected
     assert len(encoded) == 3  # each image once
     for name in ("iou", "accuracy", "think_format", "answer_format"):
         mean = sum(getattr(score, name).item() for score in alone) / len(alone)
@@ -70,10 +72,8 @@ def test_the_reward_reads_the_prompts_form_and_a_thinking_models_opening(scorer,
     """A thinking model's template writes <think> at the end of the prompt."""
     policy = SimpleNamespace(**vars(POLICY) | {"prompt": "visionreasoner", "opening": "<think>"})
     text = 'it</think><answer>[{"bbox_2d": [8, 8, 40, 40], "point_2d": [20, 20]}]</answer>'
-    rewards = []
-    for one in (POLICY, policy):
-        reward = trl_grpo.trl_reward(scorer, trl_grpo.Samples(samples, one, 2), "tiered")
-        rewards += reward(conversations([text]), [0])
+    sources = (trl_grpo.Samples(samples, one, 2) for one in (POLICY, policy))
+    rewards = [paid(scorer, source, [text], [0])[0][0] for source in sources]
     assert rewards[0] == 0 and rewards[1] >= 2  # two formats
 
 
@@ -90,19 +90,18 @@ def test_a_bad_sample_is_replaced_and_counted(scorer, samples, capsys):
     texts = [row["prompt"][-1]["content"][-1]["text"] for row in rows]
     assert texts == [f"find {samples[k].query}" for k in (3, 0, 3)]
     assert capsys.readouterr().err.count("photograph 1 is missing") == 1
-    means = {}
-    reward = trl_grpo.trl_reward(scorer, source, "tiered")
-    completion = conversations([answer(samples[3])])
-    assert reward(completion, [1], log_metric=means.__setitem__)[0] >= 2
-    assert means["skipped"] == 2
+    rewards, means = paid(scorer, source, [answer(samples[3])], [1])
+    assert rewards[0] >= 2 and means["skipped"] == 2
+    assert paid(scorer, source, ["", ""], [0, 1])[1]["skipped"] == 0  # each is counted once
 
 
-def test_flags_are_those_of_train():
+def test_flags_are_those_of_train_and_missing_trl_gets_a_hint(monkeypatch):
     flags = "--preset qwen3b --lr 0.5".split()
     assert trl_grpo.parse_settings(flags) == samr1_mini.parse_settings("train", flags)
-    for flag in ("--device=cpu", "--track=wandb", "--dtype=4bit"):
-        with pytest.raises(UserError, match=flag.partition("=")[0]):
-            trl_grpo.parse_settings([flag])
+    for flag, value in {"--device": "cpu", "--track": "wandb", "--dtype": "4bit"}.items():
+        assert flag in refused(trl_grpo.parse_settings, [f"{flag}={value}"])
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert "pip install trl" in refused(trl_grpo.main, [])
 
 
 @pytest.mark.parametrize("processes, save_memory", [(1, 0), (4, 2)])
@@ -118,26 +117,7 @@ def test_processes_share_the_completions_of_a_step(processes, save_memory):
     assert made["max_steps"] == 5 * 2 * 3 and made["num_iterations"] == 3
     if save_memory:
         assert made["per_device_train_batch_size"] <= 6
-    with pytest.raises(UserError, match="5 processes x 2 mini-batches"):
-        trl_grpo.trl_arguments(s, policy, 5)
-
-
-def test_missing_trl_gets_a_hint(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match="pip install trl"):
-        trl_grpo.main(["--out", str(tmp_path / "run")])
-
-
-def replay(monkeypatch, steps: list[list[str]]) -> None:
-    """Let `generate` return these texts, those of a step in each call."""
-    tokenizer, steps = AutoTokenizer.from_pretrained(ROOT / "tiny" / "vlm"), iter(steps)
-
-    def generate(self, input_ids, **_):
-        texts = [text + tokenizer.eos_token for text in next(steps)]
-        rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        return torch.cat([input_ids, rows["input_ids"]], 1)
-
-    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    assert "5 processes x 2 mini-batches" in refused(trl_grpo.trl_arguments, s, policy, 5)
 
 
 @pytest.mark.slow
@@ -168,20 +148,27 @@ def test_two_processes_do_what_one_does(scorer, tmp_path, monkeypatch):
         assert index == [k for k in index[::4] for _ in range(4)] and len(set(index)) == 3
         batch = [scenes[k] for k in index[::4]]
         groups = [texts[k : k + 4] for k in (0, 4, 8)]
-        scores = score_completions(scorer, batch, groups, SIDE)
-        assert table["sam_reward"].tolist() == scores.reward.flatten().tolist()
-        advantages = torch.tensor(table["advantage"]).view(3, 4)
-        torch.testing.assert_close(advantages.float(), group_advantages(scores.reward))
-        assert row["reward"] == pytest.approx(scores.reward.mean().item())
+        reward = score_completions(scorer, batch, groups, SIDE).reward
+        assert table["sam_reward"].tolist() == reward.flatten().tolist()
+        advantages = torch.tensor(table["advantage"]).view(3, 4).float()
+        torch.testing.assert_close(advantages, group_advantages(reward))
+        assert row["reward"] == pytest.approx(reward.mean().item())
     assert any(table["sam_reward"].nunique() > 1 for table in tables)
 
-    replay(monkeypatch, steps)
+    tokenizer, batches = AutoTokenizer.from_pretrained(ROOT / "tiny" / "vlm"), iter(steps)
+
+    def replay(self, input_ids, **_):
+        """In place of `generate`: the completions of the two processes, those of a step a call."""
+        texts = [text + tokenizer.eos_token for text in next(batches)]
+        rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        return torch.cat([input_ids, rows["input_ids"]], 1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", replay)
     trl_grpo.main([*flags.split(), "--out", str(one)])
     for ours, theirs in zip(read_rows(one / LOG), read_rows(both / LOG), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     trained = adapter(both)
-    for name, weight in adapter(one).items():
-        torch.testing.assert_close(weight, trained[name], atol=1e-4, rtol=0)
+    torch.testing.assert_close(adapter(one), trained, atol=1e-4, rtol=0)
     moved = [weight.abs().max() for name, weight in trained.items() if "lora_B" in name]
     assert max(moved) > 5e-4  # zero before training
 
@@ -207,33 +194,30 @@ def test_an_interrupted_run_continues_and_a_finished_one_does_not(tmp_path, monk
     assert len(read_rows(parts / LOG)) == 1
     trl_grpo.main(f"--resume --out {parts}".split())
     assert read_rows(parts / LOG) == read_rows(whole / LOG)
-    assert [row["step"] for row in read_rows(parts / LOG)] == [1, 2]
-    assert (
-        sum(row["skipped"] for row in read_rows(parts / LOG))
-        and read_rows(parts / LOG)[1]["grad_norm"]
-    )
-    assert all(torch.equal(weight, adapter(parts)[name]) for name, weight in adapter(whole).items())
+    rows = read_rows(parts / LOG)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert sum(row["skipped"] for row in rows) and rows[1]["grad_norm"]
+    torch.testing.assert_close(adapter(parts), adapter(whole), atol=0, rtol=0)
 
-    monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: pytest.fail("it trains"))
     # Interrupted after the last checkpoint; and one that was cut short later.
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: pytest.fail("it trains"))
     shutil.rmtree(parts / "adapter")
     (parts / "checkpoint" / "checkpoint-99").mkdir()
     trl_grpo.main(f"--resume --out {parts}".split())  # nothing is left to train
-    with pytest.raises(UserError, match="--steps 1: .* has done 2"):
-        trl_grpo.main(f"--resume --steps 1 --out {parts}".split())
-    assert read_rows(parts / LOG) == read_rows(whole / LOG)
+    message = refused(trl_grpo.main, f"--resume --steps 1 --out {parts}".split())
+    assert "--steps 1: " in message and "has done 2" in message
+    assert read_rows(parts / LOG) == rows
     assert len({file.stat().st_mode for file in (parts / "adapter").iterdir()}) == 1
-    assert all(torch.equal(weight, adapter(parts)[name]) for name, weight in adapter(whole).items())
+    torch.testing.assert_close(adapter(parts), adapter(whole), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name, fp16", [("grad_norm", False), ("kl", False), ("kl", True)])
 def test_training_that_diverges_ends_before_it_is_saved(name, fp16, tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    callback = trl_grpo.MetricsFile(file, updates=1)
+    callback = trl_grpo.MetricsFile(tmp_path / LOG, updates=1)
     args = SimpleNamespace(fp16=fp16, learning_rate=0.1)
     state = SimpleNamespace(is_world_process_zero=True, global_step=1)
     logs = {"reward": 1.0, "grad_norm": float("inf") if fp16 else 1.0, "kl": 0.0}
     callback.on_log(args, state, None, logs=logs)
-    with pytest.raises(UserError, match=f"--lr 0.1: the training diverged .{name} is nan"):
-        callback.on_log(args, state, None, logs=logs | {name: float("nan")})
+    message = refused(callback.on_log, args, state, None, logs=logs | {name: float("nan")})
+    assert f"--lr 0.1: the training diverged ({name} is nan)" in message
     assert len(read_rows(tmp_path / LOG)) == 1

@@ -21,25 +21,27 @@ def my_advantages(rewards, eps=1e-4):
     centred = centred - centred.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + eps)
 """
+# Inserted into the notebook: its trainings are processes, which evaluate as little as the tests do.
+SHORT = """
+popen = subprocess.Popen
+program = "import sys, samr1_mini as s; s.EVAL_SAMPLES = 4; s.main(sys.argv[1:])"
+subprocess.Popen = lambda line, **files: popen([line[0], "-c", program, *line[2:]], **files)
+"""
 
 
 def printed(cell) -> str:
     return "".join(one["text"] for one in cell.outputs if one.get("name") == "stdout")
 
 
-# A line of a cell that shows something.
-SHOWS = re.compile(r"^(    )?(display|print|print_results|check|mask_run = train)\(", re.M)
-
-
 def test_the_notebook_is_stored_as_it_ran():
-    assert NOTEBOOK.stat().st_size < 1_000_000
     text = NOTEBOOK.read_text()
+    assert len(text) < 1_000_000
+    assert f"has {len(EXERCISES) + len(BY_HAND)} exercises" in text
     stored = json.loads(text)
     assert stored["metadata"]["kernelspec"]["name"] == "python3"
     cells = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    showing = [bool(SHOWS.search("".join(cell["source"]))) for cell in cells]
-    assert showing == [bool(cell["outputs"]) for cell in cells] and sum(showing) == 9
+    assert sum(bool(cell["outputs"]) for cell in cells) == 9
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} == {"stream", "display_data"}  # no error
     assert {output.get("name") for output in outputs} == {"stdout", None}  # no warning
@@ -48,29 +50,24 @@ def test_the_notebook_is_stored_as_it_ran():
     assert not re.search(r"(^|[\s'\"(])/\w+/", said)  # no path of the machine that ran it
 
 
-def test_the_notebook_names_the_number_of_exercises():
-    assert f"has {len(EXERCISES) + len(BY_HAND)} exercises" in NOTEBOOK.read_text()
-
-
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     import nbformat
 
-    for name, value in {"STEPS": 1, "RUNS": tmp_path / "runs"}.items():
-        monkeypatch.setenv(f"TOUR_{name}", str(value))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    variables = {"TOUR_STEPS": 1, "TOUR_RUNS": tmp_path / "runs", "IPYTHONDIR": tmp_path}
+    for name, value in (variables | {"OMP_NUM_THREADS": 1}).items():
+        monkeypatch.setenv(name, str(value))
     before = sorted(NOTEBOOK.parent.glob("*.*"))
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     (check,) = (cell for cell in cells if cell.source.startswith("def check"))
     (edit,) = (cell for cell in cells if cell.source.startswith("case = "))
-    # Two cells more: the kernel's interpreter, and a right solution of the exercise.
     python = nbformat.v4.new_code_cell("print(sys.executable)")
     right = nbformat.v4.new_code_cell(f"{SOLUTION}\ncheck(my_advantages)")
+    notebook.cells.insert(notebook.cells.index(cells[1]), nbformat.v4.new_code_cell(SHORT))
     notebook.cells += [python, right]
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
@@ -78,10 +75,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert "Not yet" in printed(check) and printed(right).startswith("Right")
 
     shown = [one["data"] for cell in cells for one in cell.outputs if "data" in one]
-    pictures = [data["image/png"] for data in shown if "image/png" in data]
+    pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
     assert len(pictures) == 8
     for picture in pictures:
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L"))
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L"))
         assert pixels.size > 9000 and pixels.std() > 10
     own, edited = (line.partition(":")[2].strip() for line in printed(edit).strip().split("\n"))
     case = next(one for one in thoughts.find_cases(20) if not one.shared)

@@ -12,48 +12,41 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from makers import refused
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data import Sample
 from grpo import Completions
 from plumbing import evaluation, pictures
-from plumbing.errors import UserError
 from reward import SamPrompt, score_completions
 from tools import report
 
-ROOT = Path(report.__file__).resolve().parent.parent
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror="alert(2)"><!-- <b> $name'
 COMPACT = '<think>a star</think><answer>{"bbox":[1,20,333,444],"points_1":[5,66],"points_2":[7,8]}'
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "tiny" / "vlm")
-
-
-@pytest.fixture(scope="module")
-def rolled(samples, scorer, tokenizer):
-    """Two scenes with four completions each: two boxes, a thought alone, nothing."""
-    boxes = ("[2,2,60,60]", "[10,5,40,40]")
-    group = [f'<think>the star</think><answer>{{"bbox":{box}}}</answer>' for box in boxes]
-    texts = [[*group, "<think>the star</think>", ""]] * 2
-    rows = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts[0]]
-    T = max(map(len, rows))
-    ids = torch.tensor([[row + [0] * (T - len(row)) for row in rows]] * 2)
-    mask = torch.tensor([[[t < len(row) for t in range(T)] for row in rows]] * 2)
-    scores = score_completions(scorer, samples[:2], texts, 64, keep_masks=True)
-    return SimpleNamespace(texts=texts, completions=Completions(ids, mask), scores=scores)
-
-
-def pixels_of(figure: Figure) -> np.ndarray:
-    """(H, W, 3) uint8"""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return np.asarray(Image.open(buffer).convert("RGB"))
+def rolled(samples, scorer, policy_parts):
+    """A scene and a photograph with four completions each: two boxes, a thought alone, nothing."""
+    large = samples[0].image.resize((1280, 960))  # 10 times as large
+    mask = samples[0].mask.repeat(10, 0).repeat(10, 1)
+    batch = [samples[1], Sample(large, "query", mask, None, "id")]
+    answer = '<think>the star</think><answer>{{"bbox":{},"points_1":[20,30]}}</answer>'
+    group = [answer.format("[2,2,60,60]"), answer.format("[10,5,40,40]"), "<think>the star", ""]
+    tokenizer = policy_parts.processor.tokenizer
+    ended = [text + tokenizer.eos_token for text in group]
+    rows = tokenizer(ended, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = (rows[name].expand(2, -1, -1) for name in ("input_ids", "attention_mask"))
+    return SimpleNamespace(
+        batch=batch,
+        texts=[group, group],
+        completions=Completions(ids, mask.bool()),
+        scores=score_completions(scorer, batch, [group, group], 64, keep_masks=True),
+        tokenizer=tokenizer,
+    )
 
 
 def test_the_running_mean_does_not_lag_and_leaves_out_missing_values():
@@ -80,18 +73,18 @@ def test_wrapped_answers_are_whole_and_no_number_is_cut(width):
     assert lines[0].startswith("<think>") and lines[-1].endswith("[7, 8]}")
 
 
-def test_the_sample_sheets_show_queries_rewards_and_masks(samples, rolled):
+def test_the_sample_sheets_show_queries_rewards_and_masks(rolled):
     """Their text has at least 8 points on a screen, in a figure that is not wider than one."""
-    figure = pictures.groups(samples[:2], rolled.texts, rolled.scores, columns=3)
+    figure = pictures.groups(rolled.batch, rolled.texts, rolled.scores, columns=3)
     assert figure.get_figwidth() * figure.dpi <= 1400
     texts = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
     assert min(t.get_fontsize() for t in texts) * figure.dpi / 72 >= 8 * 96 / 72
-    shown = "\n".join(t.get_text() for t in texts)
-    for b, one in enumerate(samples[:2]):
-        assert one.query in shown.replace("\n", " ")
+    shown = " ".join(t.get_text().replace("\n", " ") for t in texts)
+    for b, one in enumerate(rolled.batch):
         reward, iou = rolled.scores.reward[b, 0], rolled.scores.iou[b, 0]
-        assert f"reward {reward:.3g}, IoU {iou:.2f}" in shown
-    pixels = pixels_of(figure)
+        assert one.query in shown and f"reward {reward:.3g}, IoU {iou:.2f}" in shown
+    figure.savefig(drawn := io.BytesIO())
+    pixels = np.asarray(Image.open(drawn).convert("RGB"))
     for colour in ((255, 0, 255), (0, 255, 0)):  # SAM's mask and the true one
         assert (pixels == colour).all(2).sum() > 50
 
@@ -107,26 +100,26 @@ def test_the_evaluation_sheet_shows_best_median_and_worst(samples, scorer):
     assert [axes.get_title() for axes in figure.axes] == expected
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_other_scripts_have_their_font_or_a_note(installed, samples, rolled, monkeypatch):
+@pytest.mark.parametrize(
+    "fonts, title, below",
+    [
+        ("STIXGeneral$", "\u2316 A", "\u2316 B"),
+        ("none", "(query in characters that no installed font has)", "? B"),
+    ],
+)
+def test_other_scripts_have_their_font_or_a_note(fonts, title, below, samples, monkeypatch):
     """matplotlib warns about a box in place of a character, and a warning fails this test.
 
     Of the fonts that it comes with, STIX has a character that the others lack.
     """
     assert pictures.SCRIPTS.search("WenQuanYi Zen Hei")
-    monkeypatch.setattr(pictures, "SCRIPTS", re.compile("STIXGeneral$" if installed else "none"))
-    pictures.font_of.cache_clear()
-    mask, prompt = rolled.scores.overlap.masks[0][0].numpy(), rolled.scores.prompts[0][0]
-    figure = evaluation.found(samples[0].image, "\u2316 A", mask, prompt, "\u2316 B")
-    pixels_of(figure)
-    title, below = figure.axes[0].title, figure.axes[0].xaxis.label
-    pictures.font_of.cache_clear()
-    if installed:
-        assert (title.get_text(), below.get_text()) == ("\u2316 A", "\u2316 B")
-        assert title.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]
-    else:
-        assert title.get_text() == "(query in characters that no installed font has)"
-        assert below.get_text() == "? B"
+    monkeypatch.setattr(pictures, "SCRIPTS", re.compile(fonts))
+    monkeypatch.setattr(pictures, "font_of", pictures.font_of.__wrapped__)  # without the cache
+    image, mask = samples[0].image, samples[0].mask
+    figure = evaluation.found(image, "\u2316 A", mask, SamPrompt(None, ()), "\u2316 B")
+    figure.savefig(io.BytesIO())
+    axes = figure.axes[0]
+    assert (axes.get_title(), axes.get_xlabel()) == (title, below)
 
 
 @pytest.mark.parametrize("size", [(190, 1), (10, 2000)])
@@ -139,100 +132,94 @@ def test_pictures_of_any_shape_are_drawn_with_any_text(size):
     figure = evaluation.found(image, "is it $5 or $6?", mask, prompt, "$x_")
     width, height = figure.get_size_inches()
     assert figure.axes[0].get_title() == "is it $5 or $6?" and width == 7 and height <= 30
-    assert pixels_of(figure).any()
+    figure.savefig(io.BytesIO())
 
 
-def test_a_record_holds_what_was_scored(samples, rolled, tokenizer):
+def test_a_large_picture_is_drawn_small_in_its_own_pixels(monkeypatch):
+    """The mask and the prompt stay where they are on the picture, on the same axes."""
+    monkeypatch.setattr(pictures, "DRAWN", 100)
+    image = Image.new("RGB", (300, 200), "navy")
+    mask = np.zeros((200, 300), bool)
+    mask[60:120, 90:180] = True
+    axes = evaluation.found(image, "q", mask, SamPrompt(None, ()), "").axes[0]
+    assert axes.images[0].get_array().shape[:2] == (67, 100)
+    assert (*axes.get_xlim(), *axes.get_ylim()) == pytest.approx((-0.5, 299.5, 199.5, -0.5), abs=1)
+    (outline,) = [c for c in axes.collections if isinstance(c, ContourSet)]
+    corners = outline.get_paths()[0].get_extents().get_points().ravel()
+    assert corners == pytest.approx([89.5, 59.5, 179.5, 119.5], abs=1.5)
+
+
+def test_a_record_holds_what_was_scored(rolled):
+    """The photograph has half of its size, and so have its masks, boxes and points."""
     completions, scores = rolled.completions, rolled.scores
     advantages = torch.arange(8.0).view(2, 4) - 3.5
     clipped = torch.randint(-1, 2, completions.ids.shape, dtype=torch.int8)
     rows = pictures.record_rollouts(
-        samples[:2], completions, scores, tokenizer, advantages, clipped
+        rolled.batch, completions, scores, rolled.tokenizer, advantages, clipped
     )
     for b, row in enumerate(json.loads(json.dumps(rows))):
-        assert (row["id"], row["query"]) == (samples[b].id, samples[b].query)
-        assert np.array_equal(np.asarray(report.decode(row["image"])), np.asarray(samples[b].image))
-        assert np.array_equal(np.asarray(report.decode(row["truth"])), samples[b].mask)
+        one, step = rolled.batch[b], 1 + b
+        truth = one.mask[::step, ::step]
+        image = report.decode(row["image"])
+        assert (row["id"], row["query"]) == (one.id, one.query)
+        assert (image.format, image.size) == (("PNG", "JPEG")[b], truth.shape[::-1])
+        difference = np.asarray(image, float) - np.asarray(one.image.reduce(step))
+        assert abs(difference).mean() <= 3 * b
+        assert np.array_equal(np.asarray(report.decode(row["truth"])), truth)
         for g, answer in enumerate(row["completions"]):
             length = completions.mask[b, g].sum()
-            box = scores.prompts[b][g].box
+            prompt = scores.prompts[b][g]
             assert answer["text"] == rolled.texts[b][g]
             assert "".join(answer["tokens"]) == answer["text"] + "<|im_end|>"
             assert answer["clipped"] == clipped[b, g, :length].tolist()
             assert answer["advantage"] == advantages[b, g]
-            assert answer["box"] == (list(box) if box else None)
+            assert answer["box"] == (prompt.box and [v / step for v in prompt.box])
+            assert answer["points"] == [[x / step, y / step] for x, y in prompt.points]
             mask = np.asarray(report.decode(answer["mask"]))
-            iou = (mask & samples[b].mask).sum() / (mask | samples[b].mask).sum()
-            assert answer["iou"] == pytest.approx(iou, abs=1e-6)
+            iou = (mask & truth).sum() / (mask | truth).sum()
+            assert answer["iou"] == pytest.approx(iou, abs=0.01 * b + 1e-6)
             for name in pictures.NUMBERS:
                 assert answer[name] == getattr(scores, name)[b, g].item()
 
 
-def test_large_pictures_are_scaled_down_with_their_masks_and_boxes(rolled, tokenizer):
-    mask = np.zeros((960, 1280), bool)
-    mask[:481, :640] = True
-    image = Image.new("RGB", (1280, 960), "navy")
-    sample = SimpleNamespace(id="a", query="q", image=image, mask=mask)
-    prompts = [[SamPrompt((0.0, 0.0, 640.0, 480.0), ((100.0, 50.0),))] * 4]
-    overlap = rolled.scores.overlap._replace(masks=[torch.from_numpy(np.stack([mask] * 4))])
-    scores = rolled.scores._replace(prompts=prompts, overlap=overlap)
-    (row,) = pictures.record_rollouts([sample], rolled.completions, scores, tokenizer)
-    answer = row["completions"][0]
-    assert report.decode(row["image"]).format == "JPEG"
-    for uri in (row["image"], row["truth"], answer["mask"]):
-        assert report.decode(uri).size == (640, 480)
-    assert np.asarray(report.decode(answer["mask"])).mean() == pytest.approx(0.25, abs=0.01)
-    assert answer["box"] == [0, 0, 320, 240] and answer["points"] == [(50, 25)]
-
-
 def test_token_texts_join_to_the_completion():
-    """Byte-level like Qwen's, but without merges: every byte is a token."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    alphabet = {chr(byte): byte for byte in plain}
-    alphabet |= {chr(256 + k): byte for k, byte in enumerate(rest)}
-    inner = Tokenizer(models.BPE(alphabet, []))
-    inner.decoder = decoders.ByteLevel()
-    tokens = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
-    ids = [*"née\U0001f600 ".encode(), tokens.eos_token_id]
-    expected = ["n", "", "é", "e", "", "", "", "\U0001f600", " ", "<|im_end|>"]
-    assert pictures.token_texts(ids, tokens) == expected
-    cut = [*"é\U0001f600".encode()[:4], tokens.eos_token_id, 255]  # within a character
-    assert "".join(pictures.token_texts(cut, tokens)) == tokens.decode(cut)
+    """Every byte is a token, and characters need up to four of them."""
+    bytewise = SimpleNamespace(decode=lambda ids: bytes(ids).decode("utf-8", "replace"))
+    texts = pictures.token_texts([*"née\U0001f600 ".encode()], bytewise)
+    assert texts == ["n", "", "é", "e", "", "", "", "\U0001f600", " "]
+    cut = [*"é\U0001f600".encode()[:4], 255]  # within a character
+    assert "".join(pictures.token_texts(cut, bytewise)) == bytewise.decode(cut)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, rolled, samples, tokenizer) -> Path:
+def run(tmp_path_factory, rolled) -> Path:
     """A run with two logged steps and hostile texts; a third line of its log is being written."""
     run = tmp_path_factory.mktemp("report") / "run"
     (run / "rollouts").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"vlm": "tiny", "note": HOSTILE}))
     means = {"giou": 0.5, "ciou": 0.45, "format": 0.9, "box": 0.5, "n": 64}
-    ceiling = {"giou": 0.9, "ciou": 0.85, "n": 64}
-    after = means | {"giou": 0.75, "giou_95": [0.7, 0.8125]}
-    results = {"before": means, "ceiling": ceiling, "after": after}
+    results = {"before": means, "ceiling": {"giou": 0.9, "ciou": 0.85, "n": 64}}
+    results["after"] = means | {"giou": 0.75, "giou_95": [0.7, 0.8125]}
     (run / "eval.json").write_text(json.dumps(results))
-    rows = [{"step": 1, "reward": 2.0, "kl": float("nan")}, {"step": 2, "reward": None}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (run / "metrics.jsonl").write_text(lines + '{"step": 3, "rew')
+    lines = '{"step": 1, "reward": 2.0, "kl": NaN}\n{"step": 2, "reward": null}\n{"step": 3, "rew'
+    (run / "metrics.jsonl").write_text(lines)
     clipped = torch.zeros(rolled.completions.ids.shape, dtype=torch.int8)
-    clipped[0, 0, 4] = 1
-    clipped[0, 0, 6] = -1
-    rolls = (rolled.completions, rolled.scores, tokenizer)
+    clipped[0, 0, 4:7] = torch.tensor([1, 0, -1])
+    rolls = (rolled.completions, rolled.scores, rolled.tokenizer)
+    heldout = pictures.record_rollouts(rolled.batch, *rolls)
+    train = pictures.record_rollouts(rolled.batch, *rolls, rolled.scores.reward - 1, clipped)
+    train[1] |= {"query": HOSTILE, "id": HOSTILE}
+    tokens = re.findall(r"\W|\w+", HOSTILE)
+    train[1]["completions"][0] |= {"text": HOSTILE, "tokens": tokens, "clipped": None}
     for step in (1, 2):
-        train = pictures.record_rollouts(samples[:2], *rolls, rolled.scores.reward - 1, clipped)
-        train[1] |= {"query": HOSTILE, "id": HOSTILE}
-        tokens = re.findall(r"\W|\w+", HOSTILE)
-        train[1]["completions"][0] |= {"text": HOSTILE, "tokens": tokens, "clipped": None}
-        heldout = pictures.record_rollouts(samples[:2], *rolls)
         record = json.dumps({"step": step, "train": train, "heldout": heldout})
         (run / "rollouts" / f"step_{step:05d}.json").write_text(record)
-    report.main([str(run)])
     return run
 
 
 @pytest.fixture(scope="module")
 def page(run) -> str:
+    report.main([str(run)])
     return (run / "report.html").read_text()
 
 
@@ -242,9 +229,9 @@ def text_of(markup: str) -> str:
 
 def test_every_rollout_is_on_the_page(page, run):
     """Steps in order, with the numbers, texts and clipped tokens of the files."""
+    assert re.findall(r"<summary>Step (\d+)", page) == ["1", "2"]
     cards = re.findall(r"<li><img[^>]*><p>(reward.*?)</p><pre>(.*?)</pre>", page, re.DOTALL)
     records = [json.loads(file.read_text()) for file in sorted((run / "rollouts").iterdir())]
-    assert re.findall(r"<summary>Step (\d+)", page) == ["1", "2"]
     scenes = [one for record in records for one in record["heldout"] + record["train"]]
     answers = [answer for one in scenes for answer in one["completions"]]
     for (line, text), answer in zip(cards, answers, strict=True):
@@ -253,21 +240,18 @@ def test_every_rollout_is_on_the_page(page, run):
         assert f"IoU {answer['iou']:.2f}" in line
         if answer["advantage"] is not None:
             assert f"advantage {answer['advantage']:+.3g}" in line
-        shown = ""
         sides = answer["clipped"] or [0] * len(answer["tokens"])
-        for token, side in zip(answer["tokens"], sides, strict=True):
-            shown += token + {0: "", 1: "\u25b2", -1: "\u25bc"}[side]
-        assert text_of(text) == shown
+        marks = ({0: "", 1: "\u25b2", -1: "\u25bc"}[side] for side in sides)
+        pairs = zip(answer["tokens"], marks, strict=True)
+        assert text_of(text) == "".join(token + mark for token, mark in pairs)
 
 
 def test_hostile_text_stays_text(page):
     """Also if an escape were missing, the page allows no script and no request."""
     elements = []
-    texts = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: elements.append((tag, dict(attributes)))
     parser.handle_comment = lambda comment: pytest.fail(comment)
-    parser.handle_data = texts.append
     parser.feed(page)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert policy in [attributes.get("content") for _, attributes in elements]
@@ -275,105 +259,57 @@ def test_hostile_text_stays_text(page):
     images = [attributes for tag, attributes in elements if tag == "img"]
     assert images and all(image["src"].startswith("data:image/") for image in images)
     assert not [name for _, attributes in elements for name in attributes if name[:2] == "on"]
-    shown = "".join(texts)
+    shown = text_of(page)
     assert shown.count(HOSTILE) == 2 * 3  # in two steps: as the id, the query and the text
     assert json.dumps(HOSTILE) in shown  # among the settings
 
 
 def test_the_table_shows_eval_json(page):
-    rows = re.findall(r"<tr>(.*)", page)
-    cells = [[text_of(cell) for cell in re.split(r"</t[hd]>", row)[:-1]] for row in rows]
-    assert cells == [
-        ["", "gIoU", "cIoU", "format", "box@0.5", "samples"],
-        ["before", "0.5", "0.45", "0.9", "0.5", "64"],
-        ["after", "0.75 (0.700 to 0.812)", "0.45", "0.9", "0.5", "64"],
-        ["ceiling", "0.9", "0.85", "", "", "64"],
+    rows = re.findall(r"<tr>(.*)", re.sub("</t[hd]>", "|", page))
+    assert [text_of(row) for row in rows] == [
+        "|gIoU|cIoU|format|box@0.5|samples|",
+        "before|0.5|0.45|0.9|0.5|64|",
+        "after|0.75 (0.700 to 0.812)|0.45|0.9|0.5|64|",
+        "ceiling|0.9|0.85|||64|",
     ]
     assert "Training closed 62 % of the gap" in page  # 0.25 of 0.4
     assert "Curves of 2 steps" in page
 
 
-@pytest.mark.parametrize(
-    "name, note",
-    [
-        ("eval.json", "No evaluation was written yet"),
-        ("metrics.jsonl", "No step was logged yet"),
-        ("rollouts/step_00001.json", "No rollouts were logged"),
-    ],
-)
-def test_missing_parts_and_damaged_files_are_named(name, note, run, tmp_path):
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy of the run with the first of the two steps."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     (copy / "rollouts" / "step_00002.json").unlink()
-    file = copy / name
-    file.write_bytes(b'{"step": 1, "tra\xff\n')
-    with pytest.raises(UserError, match=f"{file.name} is damaged"):
-        report.report_html(copy)
-    file.unlink()
-    assert note in report.report_html(copy)
-    (copy / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # of a model
-    with pytest.raises(UserError, match=r"not the folder of a run: its config\.json"):
-        report.report_html(copy)
-    (copy / "config.json").unlink()
-    with pytest.raises(UserError, match=r"not the folder of a run: it has no config\.json"):
-        report.report_html(copy)
+    return copy
 
 
-def edited(*path: object, value: object):
-    """A function that sets one value in the JSON of a file."""
-
-    def edit(file: Path) -> None:
-        held = inner = json.loads(file.read_text())
-        for key in path[:-1]:
-            inner = inner[key]
-        inner[path[-1]] = value
-        file.write_text(json.dumps(held))
-
-    return edit
-
-
-OTHER_FORMS = [
-    ("eval.json", lambda file: file.write_text("[]")),
-    ("eval.json", lambda file: file.write_text("[" * 100_000)),
-    ("eval.json", edited("before", value=[])),
-    ("eval.json", edited("before", "giou", value="high")),
-    ("eval.json", edited("after", "giou_95", value=None)),
-    ("metrics.jsonl", lambda file: file.write_text('{"reward": 1}\n')),
-    ("metrics.jsonl", lambda file: file.write_text("[1]\n")),
-    ("rollouts/step_00001.json", lambda file: file.write_text("[]")),
-    ("rollouts/step_00001.json", edited("train", value=[{}])),
-    ("rollouts/step_00001.json", edited("train", 0, "image", value="data:,")),
-    ("rollouts/step_00001.json", edited("train", 0, "completions", 0, "clipped", value=[7])),
+DAMAGED = [
+    ("eval.json", b"\xff"),
+    ("eval.json", b"[" * 100_000),
+    ("eval.json", b'{"before": {"giou": "high"}}'),
+    ("metrics.jsonl", b'{"reward": 1}\n'),
+    ("rollouts/step_00001.json", b"[]"),
 ]
 
 
-@pytest.mark.parametrize("name, change", OTHER_FORMS)
-def test_a_file_of_another_form_is_named_in_one_line(name, change, run, tmp_path):
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    change(copy / name)
-    with pytest.raises(UserError, match=f"{Path(name).name} is damaged, or not of a run"):
-        report.report_html(copy)
+@pytest.mark.parametrize("name, content", DAMAGED)
+def test_a_damaged_file_is_named_in_one_line(name, content, copy):
+    (copy / name).write_bytes(content)
+    message = refused(report.report_html, copy)
+    assert f"{Path(name).name} is damaged, or not of a run" in message
 
 
-def test_a_log_of_steps_alone_is_drawn(run, tmp_path):
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
+def test_missing_parts_are_named(copy):
     (copy / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    assert "Curves of 2 steps" in report.report_html(copy)
-
-
-def test_a_large_picture_is_drawn_small_in_its_own_pixels(monkeypatch):
-    """The mask and the prompt stay where they are on the picture, on the same axes."""
-    image = Image.new("RGB", (300, 200), "navy")
-    mask = np.zeros((200, 300), bool)
-    mask[60:120, 90:180] = True
-    prompt = SamPrompt((90.0, 60.0, 180.0, 120.0), ((100.0, 70.0),))
-    drawn = []
-    for most in (300, 100):
-        monkeypatch.setattr(pictures, "DRAWN", most)
-        axes = evaluation.found(image, "q", mask, prompt, "").axes[0]
-        drawn.append((axes.get_xlim(), axes.get_ylim(), axes.images[0].get_array().shape[:2]))
-        (outline,) = [c for c in axes.collections if isinstance(c, ContourSet)]
-        corners = outline.get_paths()[0].get_extents().get_points().ravel()
-        assert corners == pytest.approx([89.5, 59.5, 179.5, 119.5], abs=1.5)
-    (x, y, full), (small_x, small_y, small) = drawn
-    assert full == (200, 300) and small == (67, 100)
-    assert small_x == x and small_y == pytest.approx(y, abs=1)
+    (copy / "rollouts" / "step_00001.json").unlink()
+    page = report.report_html(copy)
+    assert "Curves of 2 steps" in page and "No rollouts were logged" in page
+    (copy / "eval.json").unlink()
+    (copy / "metrics.jsonl").unlink()
+    page = report.report_html(copy)
+    assert "No evaluation was written yet" in page and "No step was logged yet" in page
+    (copy / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # of a model
+    assert "not the folder of a run: its config.json" in refused(report.report_html, copy)
+    (copy / "config.json").unlink()
+    assert "not the folder of a run: it has no config.json" in refused(report.report_html, copy)

@@ -18,7 +18,8 @@ ROOT = Path(samr1_mini.__file__).parent
 TEXT = (ROOT / "TUTORIAL.md").read_text()
 QUICK = "--steps 2 --prompts_per_step 2 --group_size 4"
 RUN = "runs/shapes-tiny-0"
-NAMES = r"`((?:(?:plumbing|tools)\.\w+|data|reward|grpo|samr1_mini)\.[A-Za-z_][\w.]*)(?=[`(])"
+# A module, and a name in it.
+NAMES = r"`((?:plumbing|tools)\.\w+|data|reward|grpo|samr1_mini)\.([A-Za-z_][\w.]*)(?=[`(])"
 
 
 def test_examples():
@@ -27,13 +28,11 @@ def test_examples():
 
 
 def test_every_name_exists():
-    names = {name for name in re.findall(NAMES, TEXT) if not name.endswith(".py")}
+    names = {name for name in re.findall(NAMES, TEXT) if name[1] != "py"}
     assert len(names) > 25
-    for name in names:
-        parts = name.split(".")
-        split = 2 if parts[0] in ("plumbing", "tools") else 1
-        module = importlib.import_module(".".join(parts[:split]))
-        defined = reduce(getattr, parts[split:], module)
+    for module_name, name in names:
+        module = importlib.import_module(module_name)
+        defined = reduce(getattr, name.split("."), module)
         # Named where it is defined, and not where it is imported.
         assert getattr(defined, "__module__", module.__name__) == module.__name__, name
 
@@ -49,10 +48,15 @@ def test_every_linked_name_and_test_is_in_its_file():
         assert f"def {test}(" in (ROOT / file).read_text()
 
 
-def test_every_file_exists():
+def test_every_file_and_program_exists():
+    """The test file of each program runs it; figures are drawn below."""
     folders = "assets|assignment|benchmarks|examples|plumbing|tests|tiny|tools"
     files = re.findall(rf"`((?:{folders})/[\w./]*|\w+\.py)`", TEXT)
     assert "tests/test_train.py" in files and "data.py" in files
+    programs = re.findall(r"\bpython (?:-m )?([\w./]+)", TEXT)
+    assert len(programs) > 10
+    names = set(programs) - {"pytest"}
+    files += [f"{name.removesuffix('.py').replace('.', '/')}.py" for name in names]
     for file in files:
         assert (ROOT / file).exists(), file
 
@@ -74,14 +78,6 @@ def test_every_link_and_picture_exists():
     for picture in re.findall(r"!\[[^]]*\]\((assets/\w+\.png)\)", TEXT):
         alpha = Image.open(ROOT / picture).convert("RGBA").getextrema()[3]
         assert alpha == (255, 255)  # an opaque background is legible on a dark page too
-
-
-def test_every_program_exists():
-    """The test file of each program runs it; figures are drawn below."""
-    commands = re.findall(r"\bpython (?:-m )?([\w./]+)", TEXT)
-    assert len(commands) > 10
-    for name in set(commands) - {"pytest"}:
-        assert (ROOT / f"{name.removesuffix('.py').replace('.', '/')}.py").is_file(), name
 
 
 @pytest.fixture(scope="module")

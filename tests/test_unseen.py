@@ -20,6 +20,17 @@ def test_advantages_of_any_shape():
         assert any(torch.allclose(advantages, centred / (std + 1e-4), atol=1e-4) for std in stds)
 
 
+def some_completions(B):
+    """G = 4 completions of 1 to 6 tokens for each of B prompts: new, old, reference, advantages and
+    mask, as `grpo_loss` takes them."""
+    generator = torch.Generator().manual_seed(1)
+    new, old, reference = -torch.rand(3, B, 4, 6, generator=generator, dtype=torch.float64)
+    mask = torch.arange(6) < torch.randint(1, 7, (B, 4, 1), generator=generator)
+    advantages = torch.randn(B, 4, generator=generator, dtype=torch.float64)
+    new.requires_grad_()
+    return SimpleNamespace(new=new, old=old, reference=reference, advantages=advantages, mask=mask)
+
+
 def published_loss(loss_type, p, epsilon, epsilon_high, beta):
     """TRL's GRPO loss, one token at a time (its documentation, and Shao et al. 2024, eq. 3 and 4).
 
@@ -50,23 +61,16 @@ def published_loss(loss_type, p, epsilon, epsilon_high, beta):
 @pytest.mark.parametrize("normalise, loss_type", [("token", "dapo"), ("sequence", "grpo")])
 @pytest.mark.parametrize("B", [1, 3])
 def test_loss_and_gradient_equal_the_published_ones(normalise, loss_type, B):
-    G = 4
-    T = 6
-    generator = torch.Generator().manual_seed(1)
-    new, old, reference = -torch.rand(3, B, G, T, generator=generator, dtype=torch.float64)
-    mask = torch.arange(T) < torch.randint(1, T + 1, (B, G, 1), generator=generator)
-    advantages = torch.randn(B, G, generator=generator, dtype=torch.float64)
-    new.requires_grad_()
-    p = SimpleNamespace(new=new, old=old, reference=reference, mask=mask, advantages=advantages)
+    p = some_completions(B)
     for eps_low, eps_high, beta in ((0.2, 0.3, 0.005), (0.1, 0.1, 1.0), (0.2, 0.5, 0.0)):
         loss, statistics, side = grpo_loss(
-            new, old, reference, advantages, mask, eps_low, eps_high, beta, normalise
+            p.new, p.old, p.reference, p.advantages, p.mask, eps_low, eps_high, beta, normalise
         )
         expected = published_loss(loss_type, p, eps_low, eps_high, beta)
         assert loss.item() == pytest.approx(expected.item())
-        gradients = [torch.autograd.grad(one, new)[0] for one in (loss, expected)]
+        gradients = [torch.autograd.grad(one, p.new)[0] for one in (loss, expected)]
         assert torch.allclose(*gradients)
-        assert (gradients[0][~mask] == 0).all(), "padding has no gradient"
+        assert (gradients[0][~p.mask] == 0).all(), "padding has no gradient"
         assert statistics["clip_low"] > 0 and statistics["clip_high"] > 0  # both sides occur
-        clipped = mask & (side != 0)
+        clipped = p.mask & (side != 0)
         assert ((gradients[0][clipped] != 0) == (beta > 0)).all()  # then that of the KL only

@@ -69,7 +69,7 @@ class SamLessons(Dataset):
     a point lies on the background, the mask to learn holds the background inside the box.
 
     An item is a dictionary of float tensors in the encoder's frame, with P = SAM_PROMPTS:
-    "pixels" (3, side, side); "boxes" (P, 4); "points" (P, 2, 2), some of them on the background;
+    "pixels" (3, side, side); "boxes" (P, 2, 2); "points" (P, 2, 2), some on the background;
     "good_points" (P, 2, 2), all of them on the object; and, (P, side, side) each, the masks
     "whole" (the object), "cut" (its part in the box), and "filled" (what the box and "points" ask
     for).
@@ -87,29 +87,23 @@ class SamLessons(Dataset):
         side = SAM_SIZES["tiny"]["image_size"]
         pixels, scale = sam_input(image, side)
         background = ~np.any([thing.mask for thing in things], axis=0)
-        boxes, points, good_points = [], [], []
-        masks = {"whole": [], "cut": [], "filled": []}
+        prompts = []
         for thing, boxed in choose_prompts(rng, things):
             box, cut = choose_box(rng, thing, boxed)
             good = choose_points(rng, cut)
-            chosen, filled = lead_astray(rng, good, cut, cut_mask(background, box))
-            boxes.append(box)
-            points.append(chosen)
-            good_points.append(good)
-            masks["whole"].append(thing.mask)
-            masks["cut"].append(cut)
-            masks["filled"].append(filled)
-        lesson = {
-            "pixels": pixels,
-            "boxes": (torch.tensor(boxes) * scale.repeat(2)).float(),
-            "points": (torch.tensor(points) * scale).float(),
-            "good_points": (torch.tensor(good_points) * scale).float(),
-        }
-        for name, members in masks.items():
-            stacked = torch.from_numpy(np.stack(members))[:, None].float()
-            lesson[name] = F.interpolate(stacked, pixels.shape[-2:], mode="bilinear")[:, 0]
+            points, filled = lead_astray(rng, good, cut, cut_mask(background, box))
+            shown = {"boxes": box, "points": points, "good_points": good}
+            prompts.append(shown | {"whole": thing.mask, "cut": cut, "filled": filled})
+        lesson = {"pixels": pixels}
+        for name in ("boxes", "points", "good_points"):
+            corners = torch.tensor([prompt[name] for prompt in prompts]).view(-1, 2, 2)
+            lesson[name] = (corners * scale).float()
+        for name in ("whole", "cut", "filled"):
+            masks = torch.from_numpy(np.stack([prompt[name] for prompt in prompts]))
+            resized = F.interpolate(masks[:, None].float(), pixels.shape[-2:], mode="bilinear")
+            lesson[name] = resized[:, 0]
         below, right = side - pixels.shape[-2], side - pixels.shape[-1]
-        for name in ("pixels", *masks):
+        for name in ("pixels", "whole", "cut", "filled"):
             lesson[name] = F.pad(lesson[name], (0, right, 0, below))
         return lesson
 
@@ -210,7 +204,7 @@ def train_sam(out: Path) -> None:
             sam,
             embeddings,
             image_index,
-            None if hint == "points" else lesson["boxes"].flatten(0, 1),
+            None if hint == "points" else lesson["boxes"].view(-1, 4),
             None if hint == "box" else points.flatten(0, 1),
         )
         truth = F.adaptive_avg_pool2d(masks, logits.shape[-2:])  # (scenes, prompts, h, w)

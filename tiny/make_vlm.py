@@ -1,4 +1,4 @@
-"""make_vlm.py - train the tiny VLM of tiny/make_tiny.py from random weights, and measure it."""
+"""make_vlm.py - train the tiny VLM of tiny/make_tiny.py from random weights."""
 
 import random
 import re
@@ -20,12 +20,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-import samr1_mini
 from data import Shapes, messages
-from plumbing.sam import load_sam
 from plumbing.scenes import COLOURS, KINDS, Thing, interior_points, taught_thought
-from plumbing.vlm import load_vlm
-from reward import SamScorer, score_completions
 from tiny.make_sam import jitter_box, middle_points, optimisers, schedule
 
 SIDE = 64  # of the square image that the VLM sees, pixels
@@ -175,13 +171,13 @@ def spoil(rng: random.Random, things: list[Thing], target: int, size: tuple[int,
 
 
 class VlmLessons(Dataset):
-    """Item i: (image, query, completion)."""
+    """Item i: (image, query, completion). The first items, a share `easy`, are easy scenes."""
 
-    def __init__(self, scenes: Shapes, sloppy: bool = False, easy: int = 0):
-        self.scenes = scenes
+    def __init__(self, seed: int, steps: int, hard: float, easy: float = 0.0, sloppy: bool = False):
+        self.scenes = Shapes("warmup", seed=seed, size=steps * BATCH, hard_share=hard)
+        self.easy_scenes = replace(self.scenes, seed=seed + 1000, things=(1, 2))
+        self.easy = int(easy * len(self.scenes))
         self.sloppy = sloppy
-        self.easy = easy
-        self.easy_scenes = replace(scenes, seed=scenes.seed + 1000, things=(1, 2))
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -206,43 +202,37 @@ def collate(processor: Qwen2_5_VLProcessor, items: list[tuple]) -> dict[str, tor
     batch = processor(
         text=rows, images=list(images), return_tensors="pt", padding=True, padding_side="right"
     )
-    ids = batch["input_ids"]
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    opened = (ids == start).cumsum(1)  # 1 in the user's turn, 2 in the assistant's
-    header = torch.zeros_like(ids, dtype=torch.bool)  # <|im_start|> assistant \n
-    first = (opened == 2).int().argmax(1, keepdim=True)
-    header.scatter_(1, first + torch.arange(3), True)
-    completion = (opened == 2) & ~header & (batch["attention_mask"] == 1)
-    return dict(batch, labels=ids.masked_fill(~completion, -100))
+    for row in labels:
+        header = (row == start).nonzero()[-1]  # of the completion: <|im_start|> assistant \n
+        row[: header + 3] = -100
+    return dict(batch, labels=labels)
 
 
 def train_vlm(out: Path) -> None:
     torch.manual_seed(0)
     processor = build_processor()
     vlm = build_vlm(processor)
-    size = CLEAN_STEPS * BATCH
-    scenes = Shapes("warmup", seed=2, size=size, hard_share=HARD_SHARE)
-    lessons = VlmLessons(scenes, easy=int(EASY_SHARE * size))
-    opts = optimisers(vlm, matrix_lr=0.008, lr=1e-3)
-    study(vlm, processor, lessons, opts, CLEAN_STEPS, "VLM, clean")
-
-    # More lessons about small single shapes, which are harder to see than clusters.
-    scenes = Shapes("warmup", seed=4, size=PLAIN_STEPS * BATCH, hard_share=1 - PLAIN_SHARE)
-    opts = optimisers(vlm, matrix_lr=0.008, lr=1e-3)
-    study(vlm, processor, VlmLessons(scenes), opts, PLAIN_STEPS, "VLM, plain")
+    for title, lessons in (
+        ("VLM, clean", VlmLessons(2, CLEAN_STEPS, hard=HARD_SHARE, easy=EASY_SHARE)),
+        # More lessons about small single shapes, which are harder to see than clusters.
+        ("VLM, plain", VlmLessons(4, PLAIN_STEPS, hard=1 - PLAIN_SHARE)),
+    ):
+        study(vlm, processor, lessons, optimisers(vlm, matrix_lr=0.008, lr=1e-3), title)
     vlm.save_pretrained(out / "vlm-clean")
     processor.save_pretrained(out / "vlm-clean")
 
-    scenes = Shapes("warmup", seed=3, size=SLOPPY_STEPS * BATCH, hard_share=HARD_SHARE)
-    opt = torch.optim.AdamW(vlm.parameters(), 5e-4, (0.9, 0.98), weight_decay=0.0)
-    study(vlm, processor, VlmLessons(scenes, sloppy=True), [opt], SLOPPY_STEPS, "VLM, sloppy")
+    lessons = VlmLessons(3, SLOPPY_STEPS, hard=HARD_SHARE, sloppy=True)
+    optimiser = torch.optim.AdamW(vlm.parameters(), 5e-4, (0.9, 0.98), weight_decay=0.0)
+    study(vlm, processor, lessons, [optimiser], "VLM, sloppy")
     vlm.save_pretrained(out / "vlm")
     processor.save_pretrained(out / "vlm")
 
 
-def study(vlm, processor, lessons: Dataset, opts: list, steps: int, title: str) -> None:
+def study(vlm, processor, lessons: VlmLessons, opts: list, title: str) -> None:
     """Supervised training on the completions' tokens."""
-    plans = schedule(opts, steps)
+    plans = schedule(opts, len(lessons) // BATCH)
     join = partial(collate, processor)
     loader = DataLoader(lessons, BATCH, collate_fn=join, num_workers=1, prefetch_factor=8)
     vlm.train()
@@ -258,26 +248,3 @@ def study(vlm, processor, lessons: Dataset, opts: list, steps: int, title: str) 
         vlm.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     vlm.eval()
-
-
-def report_vlm(out: Path) -> None:
-    """Print what the models reach on held-out scenes, through the code that evaluates a run."""
-    scorer = SamScorer(load_sam(f"tiny:{out / 'sam.safetensors'}"))
-    for stage in ("vlm-clean", "vlm"):
-        path = str(out / stage)
-        policy = load_vlm(path, "cpu", SIDE, "brief")
-        s = samr1_mini.parse_settings("train", ["--vlm", path])
-        rows = samr1_mini.evaluate(policy, scorer, Shapes("heldout"), s, 256, stage)
-        greedy = samr1_mini.compute_metrics(rows)
-        ceiling = samr1_mini.compute_metrics(rows, "ceiling_")
-        batch = [Shapes("train")[i] for i in range(64)]
-        generator = torch.Generator().manual_seed(0)
-        completions = samr1_mini.sample_completions(policy, policy.read(batch), s, generator)
-        sampled = score_completions(scorer, batch, policy.texts(completions), policy.extent)
-        print(
-            f"{stage}: greedy gIoU {greedy['giou']:.3f}, with its box alone "
-            f"{greedy['boxonly']:.3f}; box@0.5 {greedy['box']:.2f}, points inside "
-            f"{greedy['points']:.2f}, format {greedy['format']:.2f}; ceiling {ceiling['giou']:.3f}"
-            f"\n  sampled: mean reward {sampled.reward.mean():.2f} of 6, "
-            f"mask IoU {sampled.iou.mean():.3f}"
-        )

@@ -10,12 +10,12 @@ in text boxes, which do not read markup.
 """
 
 import contextlib
+import dataclasses
 import functools
 import html
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from plumbing.photos import check_plain, check_query, read_picture
 from plumbing.settings import Models, parse, setting
 from reward import Scores, score_completions
 from samr1_mini import load_policy, load_scorer, sample_completions
-from tools.starts import read_with_starts
 
 SCENES = Shapes("heldout")
 FIRST = 2  # number of the scene that the page opens with: three shapes that stand apart
@@ -44,7 +43,7 @@ points are white."""
 THOUGHT = "Thought: edit it, for example to: the red triangle is at the bottom left"
 
 
-@dataclass
+@dataclasses.dataclass
 class DemoFlags:
     _argument_group_name = "page"
     adapter: str = setting("none", "folder of a trained adapter, or none for the base model alone")
@@ -52,7 +51,7 @@ class DemoFlags:
     port: int = setting(7860, "port to listen on")
 
 
-@dataclass
+@dataclasses.dataclass
 class DemoSettings(Models, DemoFlags):
     """A page to try a model, and to change its thought. See the top of tools/demo.py."""
 
@@ -76,7 +75,7 @@ class Asker:
         policy = self.policy
         off = self.trained and not trained
         with policy.model.disable_adapter() if off else contextlib.nullcontext():
-            prompts = read_with_starts(policy, [sample], [start])
+            prompts = policy.read([sample], [start])
             completions = sample_completions(policy, prompts, self.settings, greedy=True)
         text = policy.texts(completions)[0][0]
         return start + text.removeprefix(policy.opening) if start else text
@@ -97,12 +96,8 @@ def uploaded_picture(file: str | None) -> Sample:
     except UserError as error:
         raise UserError(str(error).replace(file, Path(file).name)) from error
     image.thumbnail((LARGEST, LARGEST))
-    return without_mask(image, "")
-
-
-def without_mask(image: Image.Image, query: str) -> Sample:
-    """A sample of which the true mask is not known."""
-    return Sample(image, query, np.zeros((image.height, image.width), bool), None, "picture")
+    # The true mask is not known. An empty one stands in for it, and no score against it is shown.
+    return Sample(image, "", np.zeros((image.height, image.width), bool), None, "picture")
 
 
 def describe(scores: Scores, known: bool) -> str:
@@ -130,15 +125,15 @@ def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str 
     if max(len(query), len(thought)) > LONGEST:  # Gradio limits what is typed, not what is sent
         raise UserError(f"a query or a thought has at most {LONGEST} characters")
     known = query == shown.query
-    sample = shown if known else without_mask(shown.image, query)
+    sample = dataclasses.replace(shown, query=query)
     text = asker.complete(sample, trained, f"<think>{thought}</think>" if thought else "")
     policy = asker.policy
     scores = score_completions(
         asker.scorer, [sample], [[text]], policy.extent, keep_masks=True, style=policy.prompt
     )  # (1, 1)
     mask = scores.overlap.masks[0][0].cpu().numpy()
-    truth = sample.mask if known else None
-    picture = pictures.answer_picture(sample.image, mask, scores.prompts[0][0], truth, side=480)
+    truth = shown.mask if known else None
+    picture = pictures.answer_picture(shown.image, mask, scores.prompts[0][0], truth, side=480)
     return thought or scores.answers[0][0].thought, text, picture, describe(scores, known)
 
 

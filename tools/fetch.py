@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -135,14 +136,10 @@ def fetch_images(images: dict[str, tuple[int, int]], folder: Path, jobs: int) ->
     missing = [file_name for file_name in images if not (folder / file_name).is_file()]
     print(f"downloading {len(missing):,} images, about {len(missing) * COCO_MB:,.0f} MB")
     disable_progress_bars("huggingface_hub.http_get")  # one bar for all images
-    failures = []
     pool = ThreadPoolExecutor(jobs)
     try:
-        for reason in tqdm(pool.map(fetch_image, missing), desc="images", total=len(missing)):
-            if reason:
-                failures.append(reason)
-            if len(failures) == GIVE_UP:
-                break
+        reasons = tqdm(pool.map(fetch_image, missing), desc="images", total=len(missing))
+        failures = list(islice(filter(None, reasons), GIVE_UP))
     finally:
         pool.shutdown(cancel_futures=True)
     if failures:
@@ -189,7 +186,7 @@ def fetch_sam(model: str, folder: Path) -> None:
     print(f"complete. Use it with --sam {model}:{file}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m tools.fetch", description="The same command resumes."
     )
@@ -205,11 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--split", choices=SPLITS[name], help="this split only; of train, --samples")
         # At most 16: these servers serve everybody.
         add("--jobs", type=int, choices=range(1, 17), default=4, help="connections (4)")
-    return parser
-
-
-def main(argv: list[str]) -> None:
-    args = make_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     if args.what == "reasonseg":
         return print(REASONSEG_BY_HAND)
     constants.HF_HUB_DOWNLOAD_TIMEOUT = TIMEOUT
@@ -218,10 +211,11 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out}: {reason_of(error)}: name another folder") from error
     if args.what == "sam":
-        return fetch_sam(args.model, args.out)
-    if args.samples < 1:
+        fetch_sam(args.model, args.out)
+    elif args.samples < 1:
         raise UserError("--samples must be at least 1")
-    fetch_refer(args)
+    else:
+        fetch_refer(args)
 
 
 if __name__ == "__main__":

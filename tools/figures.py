@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 import textwrap
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from grpo import Completions, group_advantages, may_attend, pack
 from plumbing import pictures
 from plumbing.errors import UserError, exit_with_one_line
 from plumbing.runs import METRICS, read_rows, save_figure
-from plumbing.settings import Settings
+from plumbing.settings import Settings, parse_settings
 from plumbing.sources import load_data
 from plumbing.vlm import Prompts
 from reward import accuracy_reward, score_completions
@@ -46,10 +45,18 @@ PANELS = {  # of metrics.jsonl; README shows the first two
 FAILED = 0.5  # README shows the first held-out scenes on which the base model's IoU is below this
 
 
+NOTE = (  # beside the completions of `loop`
+    "Green: the true mask. The policy never sees it. The reward compares SAM's mask with it.",
+    "6. The update raises the probability of the tokens of completions with a positive advantage, "
+    "and lowers it for a negative one (equation 4). The next step samples from the updated policy.",
+)
+
+
 def read_settings(run: Path) -> Settings:
-    config = json.loads((run / "config.json").read_text())
-    names = {field.name for field in fields(Settings)}
-    return Settings(**{name: config[name] for name in names & set(config)})
+    """The settings of a run. One that an older version did not have has its default."""
+    s = parse_settings("train", [])
+    vars(s).update(json.loads((run / "config.json").read_text()))
+    return s
 
 
 def answer(run: Path, trained: bool, samples: list[Sample], group_size: int = 0):
@@ -68,17 +75,15 @@ def answer(run: Path, trained: bool, samples: list[Sample], group_size: int = 0)
     return texts, score_completions(scorer, samples, texts, policy.extent, keep_masks=True)
 
 
-def readme(run: Path, count: int = 5, search: int = 64) -> Figure:
-    """The first held-out scenes on which the base model fails, and the run's curves."""
+def readme(run: Path) -> Figure:
+    """The first five held-out scenes on which the base model fails, and the run's curves."""
     heldout = load_data(read_settings(run).data, "heldout")
-    first = [heldout[k] for k in range(search)]
+    first = [heldout[k] for k in range(64)]
     _, scores = answer(run, False, first)
-    failed = (scores.iou[:, 0] < FAILED).nonzero()[:count, 0].tolist()
-    samples = [first[k] for k in failed]
+    samples = [one for one, iou in zip(first, scores.iou, strict=True) if iou < FAILED][:5]
     figure = Figure(figsize=(10, 7.8), dpi=110, layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(2.2, 1))
-    grid = upper.subplots(2, count, squeeze=False)
-    for row, name in zip(grid, ("base", "trained"), strict=True):
+    for row, name in zip(upper.subplots(2, 5), ("base", "trained"), strict=True):
         _, scores = answer(run, name == "trained", samples)
         for b, (axes, one) in enumerate(zip(row, samples, strict=False)):
             mask = scores.overlap.masks[b][0].cpu().numpy()
@@ -119,7 +124,12 @@ def loop(run: Path) -> Figure:
     advantages = group_advantages(scores.reward)[b].tolist()
     figure = Figure(figsize=(11, 5.8), dpi=100, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 4))
-    draw_scene_and_note(left, batch[b])
+    scene, note = left.subplots(2, 1, height_ratios=(1, 1.4))
+    pictures.draw_mask(scene, batch[b].image, batch[b].mask, pictures.TRUTH)
+    scene.set_title(f"1. image and query:\n{batch[b].query}", fontsize=9)
+    note.set_axis_off()
+    text = "\n\n".join(textwrap.fill(paragraph, 28) for paragraph in NOTE)
+    note.text(0, 0.95, text, va="top", fontsize=9, in_layout=False)
     columns = right.subplots(3, 4, height_ratios=(0.5, 1.7, 1)).T
     for g, (text, picture, bar) in enumerate(columns):
         text.set_axis_off()
@@ -139,47 +149,27 @@ def loop(run: Path) -> Figure:
     return figure
 
 
-def draw_scene_and_note(figure, sample: Sample) -> None:
-    """The left column of `loop`."""
-    scene, note = figure.subplots(2, 1, height_ratios=(1, 1.4))
-    pictures.draw_mask(scene, sample.image, sample.mask, pictures.TRUTH)
-    scene.set_title(f"1. image and query:\n{sample.query}", fontsize=9)
-    note.set_axis_off()
-    paragraphs = (
-        "Green: the true mask. The policy never sees it. The reward compares SAM's mask with it.",
-        "6. The update raises the probability of the tokens of completions with a positive "
-        "advantage, and lowers it for a negative one (equation 4). The next step samples from the "
-        "updated policy.",
-    )
-    text = "\n\n".join(textwrap.fill(paragraph, 28) for paragraph in paragraphs)
-    note.text(0, 0.95, text, va="top", fontsize=9, in_layout=False)
-
-
 def mask() -> Figure:
     """The mask of `grpo.pack` for a prompt of 5 tokens and completions of 3, 2 and 4 tokens."""
-    P = 5
-    lengths = torch.tensor([3, 2, 4])
-    kept = torch.arange(4) < lengths[:, None]  # (G, T)
-    completions = Completions(torch.zeros(1, *kept.shape, dtype=torch.int64), kept[None])
-    everywhere = torch.ones(1, P, dtype=torch.bool)
-    prompts = Prompts(torch.arange(P)[None], everywhere, torch.arange(P).expand(3, 1, P), None)
-    _, positions, segments, _, _ = pack(prompts, completions)
-    seen = may_attend(segments)[0]  # (L, L)
-    L = len(seen)
+    ids = torch.arange(5)[None]  # (1, P)
+    prompts = Prompts(ids, torch.ones_like(ids, dtype=torch.bool), ids.expand(3, 1, 5), None)
+    kept = torch.arange(4) < torch.tensor([[3], [2], [4]])  # (G, T)
+    packed = pack(prompts, Completions(torch.zeros(1, 3, 4, dtype=torch.int64), kept[None]))
+    segments = packed.segments[0]  # (L,)
+    shown = torch.where(may_attend(packed.segments)[0], segments + 1, 0)  # (L, L)
+    L = len(segments)
     colours = ["#9aa0a6", "#4c78a8", "#f58518", "#54a24b"]
+    palette = ListedColormap(["white", *colours])
     figure = Figure(figsize=(7.4, 7.2), dpi=110, layout="constrained")
     axes = figure.subplots()
-    shown = torch.where(seen, segments[0] + 1, 0)
-    palette = ListedColormap(["white", *colours])
     axes.pcolormesh(shown, cmap=palette, vmin=0, vmax=4, edgecolor="#cccccc")
     axes.set_aspect("equal")
     axes.invert_yaxis()
-    ticks = positions[0, 0].tolist()
-    axes.set_xticks([k + 0.5 for k in range(L)], ticks)
-    axes.set_yticks([k + 0.5 for k in range(L)], ticks)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(torch.arange(L) + 0.5, packed.positions[0, 0].tolist())
     for k, colour in enumerate(colours):
         name = f"completion {k}" if k else "prompt"
-        places = (segments[0] == k).nonzero()[:, 0].tolist()
+        places = (segments == k).nonzero()[:, 0].tolist()
         middle = (places[0] + places[-1] + 1) / 2
         style = dict(fontsize=9, backgroundcolor=colour + "60")
         axes.text(middle, -0.5, name.replace(" ", "\n"), ha="center", va="bottom", **style)
@@ -217,7 +207,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="file to write (default: assets/FIGURE.png)")
     options = parser.parse_args(argv)
     name = options.figure
-    count = 0 if name in ("mask", "tiers") else 1
+    count = {"mask": 0, "tiers": 0}.get(name, 1)
     if len(options.run) != count and not (name == "seeds" and options.run):
         raise UserError(f"{name} needs {count} folder(s) of finished runs")
     for run in options.run:

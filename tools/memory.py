@@ -49,8 +49,7 @@ def expected_memory(s) -> dict[str, Parts]:
     patch = vision.patch_size * vision.spatial_merge_size  # pixels of an image token
     if s.side % patch and not config.model_type.startswith("qwen3_vl"):
         raise UserError(f"--side {s.side}: train would refuse it: use a multiple of {patch}")
-    image_tokens = (s.side // patch) ** 2
-    P = image_tokens + (250 if s.prompt == "full" else 20)  # about so many text tokens
+    P = (s.side // patch) ** 2 + (250 if s.prompt == "full" else 20)  # about so many text tokens
     width = 4 if s.dtype == "float32" else 2  # bytes of a number of the policy
     policy = policy_parts(s, config, width)
     sam = sam_parts(s)
@@ -87,10 +86,9 @@ def policy_parts(s, config: PretrainedConfig, width: int) -> Parts:
         "adapter": (adapter * 16, f"{adapter / 1e6:.1f}e6 weights x 16 bytes: {held}"),
     }
     if matrices:
-        parts["policy weights, 4 bit"] = (
-            int(sum(matrices) * BYTES_4BIT),
-            f"{sum(matrices) / 1e9:.2f}e9 x {BYTES_4BIT:.3f} bytes: 4 bit, and scales of blocks",
-        )
+        size = sum(matrices)
+        why = f"{size / 1e9:.2f}e9 x {BYTES_4BIT:.3f} bytes: 4 bit, and scales of blocks"
+        parts["policy weights, 4 bit"] = (int(size * BYTES_4BIT), why)
         largest = max(matrices)
         parts["one matrix converted"] = (largest * width, f"{largest / 1e6:.0f}e6 x {width} bytes")
     return parts
@@ -105,10 +103,10 @@ def rollout_parts(s, text: PretrainedConfig, P: int, width: int) -> Parts:
     layers = text.num_hidden_layers
     heads = text.num_key_value_heads
     V = text.vocab_size
-    copied = "while they are copied to the completions' rows"
-    sampled = "logits, 3 tensors of sampling"
     token = layers * 2 * heads * head * width  # bytes of keys and values
     why = f"{layers} layers x 2 x {heads} heads x {head} x {width} bytes"
+    copied = "while they are copied to the completions' rows"
+    sampled = "logits, 3 tensors of sampling"
     return {
         "keys and values": (rows * length * token, f"{rows} rows x {length} tokens x {why}"),
         "keys of the prompts": (prompts * P * token, f"{prompts} x {P} tokens, {copied}"),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from plumbing.errors import UserError, exit_with_one_line, reason_of
+from plumbing.errors import UserError, exit_with_one_line, reason_of, refusing
 from plumbing.foreign import load_adapter
 from plumbing.runs import share_weights
 from plumbing.vlm import open_model
@@ -34,7 +34,10 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists: name a new folder")
     processor, model = open_model(vlm, "auto", "cpu", options={})
-    inputs = one_prompt(processor)
+    # With an image, so that no layer is left out.
+    text = f"{processor.image_token}find the red square on the left"
+    image = Image.linear_gradient("L").convert("RGB")  # 256 x 256
+    inputs = processor(text=[text], images=[image], return_tensors="pt")
     base = logits(model, inputs)
     trained = load_adapter(model, str(adapter))
     expected = logits(trained, inputs)
@@ -63,13 +66,6 @@ def merge(vlm: str, adapter: Path, out: Path) -> None:
         raise UserError(f"--out {out} cannot be written ({reason_of(error)})") from error
 
 
-def one_prompt(processor) -> dict[str, torch.Tensor]:
-    """A prompt with an image, so that no layer is left out."""
-    image = Image.linear_gradient("L").convert("RGB")  # 256 x 256
-    text = f"{processor.image_token}find the red square on the left"
-    return processor(text=[text], images=[image], return_tensors="pt")
-
-
 @torch.no_grad()
 def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return model.eval()(**inputs).logits.float()
@@ -77,10 +73,9 @@ def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 def base_of_run(adapter: Path) -> str:
     """The --vlm of the run whose adapter this is. Raises UserError if it is not known."""
-    try:
+    # Without the file, or if it is the config of a model:
+    with refusing(lambda _: f"--adapter {adapter}: no run is beside it: name the --vlm"):
         return str(json.loads((adapter.resolve().parent / "config.json").read_bytes())["vlm"])
-    except (OSError, ValueError, LookupError, TypeError) as error:  # or the config of a model
-        raise UserError(f"--adapter {adapter}: no run is beside it: name the --vlm") from error
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import reason_of, refusing
 from plumbing.weights import find_model
 
 # What the published config.json of the presets' models has in place of the defaults of its class.
@@ -23,10 +23,8 @@ def published_config(vlm: str) -> PretrainedConfig:
     """
     if vlm not in PUBLISHED:
         path, options = find_model(vlm, f"--vlm {vlm}")
-        try:
+        with refusing(lambda error: f"--vlm {vlm}: it has no config ({reason_of(error)})"):
             return AutoConfig.from_pretrained(path, **options)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--vlm {vlm}: it has no config ({reason_of(error)})") from error
     text = dict(zip(SIZES, PUBLISHED[vlm], strict=True))
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     config = Qwen2_5_VLConfig

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from plumbing import intervals, pictures
-from plumbing.errors import UserError, exit_with_one_line, reason_of
+from plumbing.errors import UserError, exit_with_one_line, reason_of, refusing
 from plumbing.runs import write_text
 from reward import SamPrompt
 
@@ -73,10 +73,12 @@ def decode(uri: str) -> Image.Image:
 
 def answer_html(one: dict, answer: dict) -> str:
     """A completion: its picture, reward, IoU, advantage, clipped tokens and text."""
-    mask = np.asarray(decode(answer["mask"]))
-    truth = np.asarray(decode(one["truth"]))
-    prompt = SamPrompt(answer["box"], answer["points"])
-    picture = pictures.answer_picture(decode(one["image"]), mask, prompt, truth)
+    picture = pictures.answer_picture(
+        image=decode(one["image"]),
+        mask=np.asarray(decode(answer["mask"])),
+        prompt=SamPrompt(answer["box"], answer["points"]),
+        truth=np.asarray(decode(one["truth"])),
+    )
     line = (
         "reward <b>{reward:.3g}</b> = {accuracy:.3g} accuracy + {think_format:.3g} think "
         "+ {answer_format:.3g} answer<br>IoU <b>{iou:.2f}</b>"
@@ -88,8 +90,8 @@ def answer_html(one: dict, answer: dict) -> str:
         line += f"<br>clipped {sides.count(1)}\u25b2 {sides.count(-1)}\u25bc of {len(sides)}"
     pairs = zip(answer["tokens"], sides, strict=True)
     text = "".join(CLIPPED[side].format(html.escape(token)) for token, side in pairs)
-    shown = f'<img src="{pictures.data_uri(picture)}" alt="">'
-    return f"<li>{shown}<p>{line}</p><pre>{text}</pre></li>\n"
+    uri = pictures.data_uri(picture)
+    return f'<li><img src="{uri}" alt=""><p>{line}</p><pre>{text}</pre></li>\n'
 
 
 def scene_html(one: dict) -> str:
@@ -122,11 +124,12 @@ def results_html(results: dict) -> str:
     """The table of eval.json, and the share of the gap to the ceiling that training closed."""
     table = "".join(f"<th>{title}</th>" for title in ("", *COLUMNS.values()))
     for name, row in sorted(results.items(), key=lambda item: item[0] == "ceiling"):  # last
-        cells = [format(row[key], ".3g") if key in row else "" for key in COLUMNS]
-        for k, key in enumerate(COLUMNS):
+        table += f"\n<tr><th>{html.escape(name)}</th>"
+        for key in COLUMNS:
+            cell = format(row[key], ".3g") if key in row else ""
             if f"{key}_95" in row:
-                cells[k] += f" ({intervals.span(row, key)})"
-        table += f"\n<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{x}</td>" for x in cells)
+                cell += f" ({intervals.span(row, key)})"
+            table += f"<td>{cell}</td>"
     note = "The ceiling is SAM with the true box and two good points."
     if {"before", "after", "ceiling"} <= set(results):
         gained = results["after"]["giou"] - results["before"]["giou"]
@@ -145,20 +148,21 @@ def curves_html(rows: list[dict]) -> str:
     return f'<img src="{uri}" alt="Curves of {len(rows)} steps">'
 
 
-def section(file: Path, render: Callable[..., str], lines: bool = False) -> str:
-    """What `render` makes of the JSON in a file, or of a list of that in its lines.
+def section(file: Path, render: Callable[..., str], missing: str = "") -> str:
+    """What `render` makes of the JSON in a file, or of the list of the JSON in its lines.
 
-    Raises UserError if the file is damaged, or of another form: then `render` can raise anything.
+    Without the file, or with nothing in it yet, it is `missing`. Raises UserError if the file is
+    damaged, or of another form: then `render` can raise anything.
     """
-    try:
-        if lines:  # one without an end is still being written
-            return render([json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]])
-        return render(json.loads(file.read_bytes()))
-    except Exception as error:
-        mend = "delete it, or what is damaged"
-        raise UserError(
-            f"{file} is damaged, or not of a run ({reason_of(error)}): {mend}"
-        ) from error
+    if not file.is_file():
+        return missing
+    wrong = f"{file} is damaged, or not of a run"
+    with refusing(lambda error: f"{wrong} ({reason_of(error)}): delete it, or what is damaged"):
+        text = file.read_bytes()
+        if file.suffix != ".jsonl":
+            return render(json.loads(text))
+        lines = text.split(b"\n")[:-1]  # one without an end is still being written
+        return render([json.loads(line) for line in lines]) or missing
 
 
 def report_html(run: Path) -> str:
@@ -166,23 +170,16 @@ def report_html(run: Path) -> str:
 
     Raises UserError if the folder is not a run's, or a file is damaged.
     """
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is not the folder of a run: it has no config.json")
     settings = section(run / "config.json", partial(json.dumps, indent=2))
     if '"vlm": ' not in settings:  # the folder of a model has a config.json too
-        raise UserError(f"{run} is not the folder of a run: its config.json is of something else")
-    results = "<p>No evaluation was written yet.</p>"
-    if (file := run / "eval.json").is_file():
-        results = section(file, results_html)
-    curves = "<p>No step was logged yet.</p>"
-    if (file := run / "metrics.jsonl").is_file():
-        curves = section(file, curves_html, lines=True) or curves
+        reason = "its config.json is of something else" if settings else "it has no config.json"
+        raise UserError(f"{run} is not the folder of a run: {reason}")
     files = sorted((run / "rollouts").glob("step_*.json"))
     steps = [section(file, partial(step_html, last=file == files[-1])) for file in files]
     page = PAGE.substitute(
         name=html.escape(run.resolve().name),
-        results=results,
-        curves=curves,
+        results=section(run / "eval.json", results_html, "<p>No evaluation was written yet.</p>"),
+        curves=section(run / "metrics.jsonl", curves_html, "<p>No step was logged yet.</p>"),
         steps="".join(steps) or "<p>No rollouts were logged.</p>",
         config=html.escape(settings),
     )
