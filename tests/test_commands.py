@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from makers import contents, make_reasonseg, make_refcocog, read_rows, refused, run
+from makers import contents, make_refcocog, read_rows, refused, run
 from PIL import Image
 from segment_anything import sam_model_registry
 
@@ -28,26 +29,12 @@ from plumbing.vlm import load_vlm, vlm_path
 from reward import SamPrompt
 
 ROOT = Path(samr1_mini.__file__).parent
-QUICK = "--steps 2 --prompts_per_step 2 --group_size 2"
+
+pytestmark = pytest.mark.usefixtures("quick_pictures")  # `evaluated` draws its pictures
 
 
 def answers(out: Path) -> list[dict]:
     return read_rows(out / "answers.jsonl")
-
-
-@pytest.fixture(scope="module")
-def policy_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "local-vlm"
-    shutil.copytree(vlm_path("tiny"), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A short run on drawn scenes."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    run(f"train {QUICK} --out", out)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +45,22 @@ def evaluated(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def refcocog(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("refcocog")
-    make_refcocog(root)
-    return root
+@pytest.fixture
+def refcocog(tmp_path) -> Path:
+    make_refcocog(tmp_path / "refcocog")
+    return tmp_path / "refcocog"
 
 
-def test_eval_of_an_adapter_repeats_the_metrics_of_its_run(trained, tmp_path, capsys):
+def test_eval_of_an_adapter_repeats_the_metrics_of_its_run(whole_run, tmp_path):
     out = tmp_path / "eval"
-    run("eval --limit 4 --adapter", trained / "adapter", "--out", out)
+    run("eval --limit 4 --adapter", whole_run / "adapter", "--out", out)
     results = json.loads((out / "eval.json").read_text())
-    after = json.loads((trained / "eval.json").read_text())["after"]
+    after = json.loads((whole_run / "eval.json").read_text())["after"]
     assert {name: results["run"][name] for name in after} == after
     assert results["run"]["protocol"] == "lisa" and after["giou"] == results["run"]["lisa_giou"]
     rows = answers(out)
     assert len({row["id"] for row in rows}) == 4
     assert results["run"]["giou"] == pytest.approx(np.mean([row["iou"] for row in rows]))
-    assert Image.open(out / "sheet.png").width > 500
-    assert "gIoU" in capsys.readouterr().out
 
 
 def test_two_evaluations_are_compared_pair_by_pair(evaluated, tmp_path, capsys):
@@ -107,25 +91,21 @@ def test_an_interrupted_eval_continues(evaluated, tmp_path, monkeypatch):
     cut = Path(shutil.copytree(evaluated, tmp_path / "cut"))
     lines = (evaluated / "answers.jsonl").read_text().splitlines(keepends=True)
     (cut / "answers.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed within a line
-    evaluate_batch, indices = samr1_mini.evaluate_batch, []
-
-    def noted(policy, scorer, batch, *options):
-        indices.extend(int(one.id.rsplit("-", 1)[1]) for one in batch)
-        return evaluate_batch(policy, scorer, batch, *options)
-
-    monkeypatch.setattr(samr1_mini, "evaluate_batch", noted)
+    evaluate_batch = Mock(wraps=samr1_mini.evaluate_batch)
+    monkeypatch.setattr(samr1_mini, "evaluate_batch", evaluate_batch)
     run("eval --resume --out", cut)
-    assert indices == [2, 3, 4, 5]
+    ids = [one.id for call in evaluate_batch.call_args_list for one in call.args[2]]
+    assert ids == [row["id"] for row in answers(evaluated)[2:]]
     for name in ("answers.jsonl", "eval.json"):
         assert (cut / name).read_text() == (evaluated / name).read_text()
+    assert Image.open(evaluated / "sheet.png").width > 500
 
 
 def test_an_evaluation_without_a_usable_sample_is_refused(refcocog, tmp_path):
-    root = Path(shutil.copytree(refcocog, tmp_path / "damaged"))
-    for file in root.rglob("*.jpg"):
+    for file in refcocog.rglob("*.jpg"):
         file.write_bytes(b"no picture")
     out = tmp_path / "eval"
-    message = refused(run, "eval --data", f"refcocog:{root}/test", "--out", out)
+    message = refused(run, "eval --data", f"refcocog:{refcocog}/test", "--out", out)
     assert "--data: none of " in message
     assert "skipped" in answers(out)[0] and not (out / "eval.json").exists()
 
@@ -193,12 +173,11 @@ def test_segment_answers_as_eval_does_and_rotates_as_exif_says(evaluated, tmp_pa
     exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
     row = answers(evaluated)[0]
-    for name in ("scene.png", "stored.png"):
-        flags = ["--query", row["query"], "--out", tmp_path / "out.png"]
-        run("segment --image", tmp_path / name, *flags)
+    for name, out in (("scene.png", tmp_path / "out.PNG"), ("stored.png", tmp_path / "out.jpg")):
+        run("segment --image", tmp_path / name, "--query", row["query"], "--out", out)
         printed = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
         assert printed["completion"] == row["answer"] and printed["bbox"] == row["box"]
-        assert Image.open(tmp_path / "out.png").width > 300
+        assert Image.open(out).width > 300
 
 
 @pytest.mark.parametrize("out", ["~/scene.png", "link.png"])
@@ -213,43 +192,41 @@ def test_segment_never_overwrites_its_picture(out, tmp_path, monkeypatch):
     assert image.read_bytes() == before
 
 
-def test_a_folder_with_files_is_never_written_to(policy_folder, trained, evaluated, tmp_path):
-    """Neither a model, nor another run, nor the adapter that is read."""
-    before = [contents(folder) for folder in (policy_folder, trained, evaluated)]
-    assert "not empty" in refused(run, "eval --vlm", policy_folder, "--out", policy_folder)
-    assert "not empty" in refused(run, "eval --limit 2 --out", trained)
-    assert "not empty" in refused(run, "eval --adapter", trained / "adapter", "--out", trained)
+def test_a_folder_with_files_is_never_written_to(whole_run, evaluated):
+    """Neither that of another run, nor that of the adapter that is read."""
+    before = [contents(folder) for folder in (whole_run, evaluated)]
+    assert "not empty" in refused(run, "eval --adapter", whole_run / "adapter", "--out", whole_run)
     assert str(evaluated) in refused(run, "train --resume --out", evaluated)
-    assert str(trained) in refused(run, "eval --resume --out", trained)
-    assert [contents(folder) for folder in (policy_folder, trained, evaluated)] == before
+    assert str(whole_run) in refused(run, "eval --resume --out", whole_run)
+    assert [contents(folder) for folder in (whole_run, evaluated)] == before
 
 
-PROGRAMS = "tools.report tools.merge tools.memory tools.demo tools.fetch tools.figures"
-PROGRAMS += " samr1_mini assignment.grade assignment.next tiny.make_tiny"
-PROGRAMS += " examples.trl_grpo benchmarks.gpu_24gb"
-
-
-def start(*command: object, **options) -> subprocess.CompletedProcess:
-    typed = [sys.executable, *map(str, command)]
-    return subprocess.run(typed, cwd=ROOT, text=True, capture_output=True, timeout=300, **options)
+# One of each folder, whose __init__.py imports plumbing.interrupts, and the script.
+PROGRAMS = "samr1_mini tools.fetch assignment.grade tiny.make_tiny examples.trl_grpo"
+PROGRAMS += " benchmarks.gpu_24gb"
 
 
 @pytest.mark.parametrize("program", PROGRAMS.split())
 def test_ctrl_c_while_a_program_imports_is_one_line(program, tmp_path):
     for slow in ("numpy", "torch", "transformers", "matplotlib", "argparse"):
         (tmp_path / f"{slow}.py").write_text("raise KeyboardInterrupt")
-    done = start("-m", program, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    typed, env = [sys.executable, "-m", program], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(typed, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
     name = f"{program.rpartition('.')[2]}.py"
     assert (done.returncode, done.stderr) == (130, f"{name}: interrupted\n")
 
 
-@pytest.mark.slow
+PRINTS = (
+    "from plumbing.errors import exit_with_one_line\nwith exit_with_one_line(): print('a line')"
+)
+
+
 @pytest.mark.parametrize("unbuffered", [[], ["-u"]])
 def test_a_closed_pipe_ends_a_program_without_a_word(unbuffered):
     """As in `... | head -1`. With a buffer, the pipe is met when the program ends."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, *unbuffered, "samr1_mini.py", "--help"]
+    command = [sys.executable, *unbuffered, "-c", PRINTS]
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=300)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -304,59 +281,56 @@ def test_help_lists_the_commands_and_the_settings(capsys):
 
 
 @pytest.mark.slow
-def test_train_and_eval_on_refcocog(refcocog, policy_folder, tmp_path, capsys):
-    """Bad samples are skipped and counted."""
-    root = Path(shutil.copytree(refcocog, tmp_path / "damaged"))
-    images = sorted(root.rglob("*.jpg"))
+def test_train_and_eval_on_refcocog(refcocog, tmp_path, capsys, monkeypatch):
+    """With a policy and a SAM from files. Bad samples are skipped and counted.
+
+    The SAM is a ViT-B with two of its twelve layers, without and with global attention, for images
+    of 256 x 256.
+    """
+    size = dict(SAM_SIZES["vit_b"], depth=2, global_blocks=(1,), image_size=256)
+    monkeypatch.setitem(SAM_SIZES, "vit_b", size)
+    torch.save(build_sam(**size).state_dict(), tmp_path / "vit_b.pth")
+    images = sorted(refcocog.rglob("*.jpg"))
     images[0].write_bytes(images[0].read_bytes()[:200])
     images[1].unlink()
-    data, run_folder = f"refcocog:{root}", tmp_path / "run"
-    run(f"train {QUICK} --steps 8 --vlm", policy_folder, "--data", data, "--out", run_folder)
-    rows = read_rows(run_folder / "metrics.jsonl")
-    assert len(rows) == 8 and sum(row["skipped"] for row in rows) > 0
+    models = ["--vlm", vlm_path("tiny"), "--sam", f"vit_b:{tmp_path}/vit_b.pth"]
+    out, data = tmp_path / "run", f"refcocog:{refcocog}"
+    quick = "--steps 3 --prompts_per_step 2 --group_size 2"
+    run(f"train {quick} --data", data, *models, "--out", out)
+    rows = read_rows(out / "metrics.jsonl")
+    assert len(rows) == 3 and sum(row["skipped"] for row in rows) > 0
     assert "skipped: " in capsys.readouterr().err
-    results = json.loads((run_folder / "eval.json").read_text())
+    results = json.loads((out / "eval.json").read_text())
     assert results["after"]["n"] == results["ceiling"]["n"] > 0
-    test = ["--data", f"{data}/test", "--protocol", "segzero"]
-    adapter = ["--adapter", run_folder / "adapter"]
-    run("eval --vlm", policy_folder, *test, *adapter, "--out", tmp_path / "eval")
+    flags = [*models, "--protocol", "segzero", "--adapter", out / "adapter"]
+    run("eval --limit 2 --data", f"{data}/test", *flags, "--out", tmp_path / "eval")
     printed = capsys.readouterr().out
     assert "gIoU 75.4, cIoU 73.1" in printed and "in the paper" in printed
 
 
-def test_a_skipped_sample_keeps_its_place_and_counts_in_no_metric(
-    refcocog, policy_folder, tmp_path, capsys
-):
-    root, out = Path(shutil.copytree(refcocog, tmp_path / "damaged")), tmp_path / "eval"
-    heldout = load_data(f"refcocog:{root}/test", "heldout")
-    file_name = heldout.expressions[0].image[0]
-    (heldout.folder / file_name).unlink()
-    run("eval --vlm", policy_folder, "--data", f"refcocog:{root}/test", "--out", out)
-    names = [None if one.image[0] == file_name else one.id for one in heldout.expressions]
-    rows = answers(out)
-    assert [row.get("id") for row in rows] == names and len(set(names)) > 1
-    assert all(file_name in row["skipped"] for row in rows if "id" not in row)
-    assert f"{names.count(None)} samples could not be used" in capsys.readouterr().out
+def test_skipped_samples_keep_their_places_and_are_tried_again(refcocog, tmp_path, capsys):
+    """They count in no metric. In the end, the answers are those of a whole evaluation."""
+    out = tmp_path / "eval"
+    command = f"eval --data refcocog:{refcocog}/test --out"
+    heldout = load_data(f"refcocog:{refcocog}/test", "heldout")
+    name = heldout.expressions[0].image[0]
+    file = heldout.folder / name
+    file = file.rename(file.with_suffix(".away"))
+    run(command, out)
+    ids = [None if one.image[0] == name else one.id for one in heldout.expressions]
+    for again in (False, True):  # the second time, it is still missing
+        if again:
+            run("eval --resume --out", out)
+        assert [row.get("id") for row in answers(out)] == ids and len(set(ids)) > 1
+        assert all(name in row["skipped"] for row in answers(out) if "id" not in row)
+    assert f"{ids.count(None)} samples could not be used" in capsys.readouterr().out
     results = json.loads((out / "eval.json").read_text())
-    assert {row["n"] for row in results.values()} == {len(rows) - names.count(None)}
-
-
-@pytest.mark.slow
-def test_eval_on_reasonseg_with_an_official_size_sam(policy_folder, tmp_path, capsys, monkeypatch):
-    """ViT-B with two of its twelve layers: without and with global attention."""
-    pytest.importorskip("cv2")
-    make_reasonseg(tmp_path / "reasonseg")
-    size = dict(SAM_SIZES["vit_b"], depth=2, global_blocks=(1,))
-    monkeypatch.setitem(SAM_SIZES, "vit_b", size)
-    torch.save(build_sam(**size).state_dict(), tmp_path / "vit_b.pth")
-    data = ["--data", f"reasonseg:{tmp_path / 'reasonseg'}/val"]
-    data += ["--sam", f"vit_b:{tmp_path / 'vit_b.pth'}"]
-    options = ["--out", tmp_path / "eval", "--protocol", "segzero"]
-    run("eval --limit 1 --vlm", policy_folder, *data, *options)
-    rows = answers(tmp_path / "eval")
-    columns = {"id", "query", "answer", "box", "points", "intersection", "union", "iou"}
-    assert rows and all(columns <= set(row) for row in rows)
-    assert "gIoU 64.0, cIoU 55.8" in capsys.readouterr().out
+    assert {row["n"] for row in results.values()} == {len(ids) - ids.count(None)}
+    file.rename(file.with_suffix(".jpg"))
+    run("eval --resume --out", out)
+    run(command, tmp_path / "whole")
+    assert answers(out) == answers(tmp_path / "whole") and None not in answers(out)
+    assert (out / "eval.json").read_text() == (tmp_path / "whole" / "eval.json").read_text()
 
 
 @pytest.mark.slow
@@ -364,9 +338,9 @@ def test_an_official_checkpoint_gives_the_model_that_the_package_builds(tmp_path
     """Every weight is in its place. test_reward.py shows that the attention is the same."""
     torch.manual_seed(0)
     file = tmp_path / "sam_vit_b_01ec64.pth"
-    torch.save(sam_model_registry["vit_b"]().state_dict(), file)
+    theirs = sam_model_registry["vit_b"]()
+    torch.save(theirs.state_dict(), file)
     ours = load_sam(f"vit_b:{file}")
-    theirs = sam_model_registry["vit_b"](checkpoint=str(file))
     assert repr(ours) == repr(theirs)
     pairs = zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -390,28 +364,3 @@ def test_the_flags_in_commands_exist(file):
     for command, rest in lines:
         fields = samr1_mini.parse_settings(command, []).__dataclass_fields__
         assert set(re.findall(r"--([a-z_]+)", rest)) <= {*fields, "help"}, rest
-
-
-def test_a_resumed_eval_tries_skipped_samples_again(refcocog, policy_folder, tmp_path):
-    """Their answers stand where they would have stood, and are those of a whole evaluation."""
-    root = Path(shutil.copytree(refcocog, tmp_path / "damaged"))
-    data = ("--vlm", policy_folder, "--data", f"refcocog:{root}/test", "--out")
-    heldout = load_data(f"refcocog:{root}/test", "heldout")
-    file = heldout.folder / heldout.expressions[0].image[0]
-    file = file.rename(file.with_suffix(".away"))
-    run("eval", *data, tmp_path / "eval")
-    assert "skipped" in answers(tmp_path / "eval")[0]
-    run("eval --resume --out", tmp_path / "eval")  # it is still missing
-    assert "skipped" in answers(tmp_path / "eval")[0]
-    file.rename(file.with_suffix(".jpg"))
-    run("eval --resume --out", tmp_path / "eval")
-    run("eval", *data, tmp_path / "whole")
-    assert answers(tmp_path / "eval") == answers(tmp_path / "whole")
-    results = (tmp_path / "eval" / "eval.json").read_text()
-    assert results == (tmp_path / "whole" / "eval.json").read_text() and "skipped" not in results
-
-
-def test_the_suffix_of_a_picture_may_be_in_capitals(tmp_path):
-    image = ROOT / "assets" / "tiers.png"
-    run("segment --query star --image", image, "--out", tmp_path / "found.PNG")
-    assert Image.open(tmp_path / "found.PNG").format == "PNG"

@@ -16,19 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"data", "reward", "grpo", "samr1_mini"}
 # What the modules of a folder may import from this repository, besides the folder itself. Nobody
 # imports a program, except the tests.
+METHOD = {*SCRIPTS, "plumbing"}
 ALLOWED = {
     "data": {"plumbing"},
     "reward": {"plumbing"},
     "grpo": {"plumbing"},
     "samr1_mini": {"data", "reward", "grpo", "plumbing"},
     "plumbing": {"data"},
-    "tools": {*SCRIPTS, "plumbing"},
-    "assignment": {*SCRIPTS, "plumbing"},
-    "examples": {*SCRIPTS, "plumbing"},
+    **dict.fromkeys(("tools", "assignment", "examples", "tiny"), METHOD),
     # gpu_24gb prints what tools.memory expects, vs_trl runs examples.trl_grpo.
-    "benchmarks": {*SCRIPTS, "plumbing", "tools", "examples"},
-    "tiny": {*SCRIPTS, "plumbing"},
-    "tests": {*SCRIPTS, "plumbing", "tools", "assignment", "examples", "benchmarks", "tiny"},
+    "benchmarks": {*METHOD, "tools", "examples"},
+    "tests": {*METHOD, "tools", "assignment", "examples", "benchmarks", "tiny"},
 }
 FILES = [ROOT / f"{name}.py" for name in SCRIPTS]
 FILES += [file for folder in set(ALLOWED) - SCRIPTS for file in (ROOT / folder).glob("*.py")]
