@@ -344,7 +344,6 @@ def separate_forwards(policy, completions, temperature=1.0):
     logprobs, entropies = [], []
     for b, one in enumerate(policy.samples):
         inputs = policy.read([one])
-        P = inputs["input_ids"].shape[1]
         for ids, keep in zip(completions.ids[b], completions.mask[b], strict=True):
             answer = ids[keep]
             row = torch.cat([inputs["input_ids"], answer[None]], 1)
@@ -353,8 +352,9 @@ def separate_forwards(policy, completions, temperature=1.0):
                 "attention_mask": torch.ones_like(row),
                 "mm_token_type_ids": F.pad(inputs["mm_token_type_ids"], (0, len(answer))),
             }
-            logits = policy.model(**inputs | longer, use_cache=False).logits[0, P - 1 : -1]
-            logits = (logits / temperature).index_fill(-1, policy.banned, -torch.inf)
+            logits = policy.model(**inputs | longer, use_cache=False).logits[0]
+            logits = logits[-len(answer) - 1 : -1] / temperature
+            logits = logits.index_fill(-1, policy.banned, -torch.inf)
             distribution = torch.distributions.Categorical(logits=logits)
             logprobs.append(distribution.log_prob(answer))
             entropies.append(distribution.entropy().detach())
