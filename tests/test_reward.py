@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
-from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
 
 import reward
@@ -27,7 +26,7 @@ from data import Shapes
 from plumbing import answers, segzero
 from plumbing.errors import UserError
 from plumbing.rewards import ACCURACY, box_ious, true_box
-from plumbing.sam import folded_attention, load_sam
+from plumbing.sam import load_sam
 from plumbing.scenes import interior_points
 from plumbing.segzero import segzero_reward
 from reward import Answer, Overlap, SamPrompt, SamScorer, parse_answer, score_completions
@@ -202,7 +201,7 @@ def test_a_box_is_clipped_to_the_image_and_what_lies_outside_is_dropped(box, cli
 
 
 # --------------------------------------------------------------------------------------------------
-# SAM: loading and attention
+# Prompts to masks
 # --------------------------------------------------------------------------------------------------
 
 
@@ -221,24 +220,6 @@ def test_a_sam_that_cannot_be_loaded_is_refused(spec, message, tmp_path, monkeyp
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
     with pytest.raises(UserError, match=message):
         load_sam(spec)
-
-
-def test_folded_attention_equals_the_original_at_the_width_of_vit_b():
-    torch.manual_seed(0)
-    H, W = 6, 17
-    attention = Attention(768, num_heads=12, qkv_bias=True, use_rel_pos=True, input_size=(H, W))
-    # They start at zero, which would hide swapped rows and columns.
-    torch.nn.init.normal_(attention.rel_pos_h)
-    torch.nn.init.normal_(attention.rel_pos_w)
-    x = torch.randn(3, H, W, 768)
-    with torch.no_grad():
-        difference = folded_attention(attention, x) - Attention.forward(attention, x)
-    assert difference.abs().max() < 1e-5
-
-
-# --------------------------------------------------------------------------------------------------
-# Prompts to masks
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -531,38 +512,40 @@ def test_the_reward_is_the_sum_of_its_parts(scorer, samples, kind):
     assert 5 < scores.reward.max() <= 6 and scores.reward.min() == 0
 
 
-# --------------------------------------------------------------------------------------------------
-# Rewards without SAM
-# --------------------------------------------------------------------------------------------------
-
-TRUE_BOX = (200, 100, 600, 300)
+TRUE_BOX = (200, 100, 600, 300)  # in pixels of 840 x 840, as Seg-Zero counts
 
 
-def drawn(width=840, height=840, box=TRUE_BOX):
-    """A blank image whose true mask is a box, with a hole in its middle, or empty without a box."""
-    mask = np.zeros((height, width), bool)
-    if box:
-        x1, y1, x2, y2 = box
-        mask[y1:y2, x1:x2] = True
-        mask[y1 + 50 : y2 - 50, x1 + 50 : x2 - 50] = False
-    return SimpleNamespace(image=Image.new("RGB", (width, height)), mask=mask)
+def drawn(target=True):
+    """A blank image of 210 x 840. Its true mask is TRUE_BOX without its middle, or empty."""
+    mask = np.zeros((840, 210), bool)
+    mask[100:300, 50:150] = target
+    mask[150:250, 63:138] = False
+    return SimpleNamespace(image=Image.new("RGB", (210, 840)), mask=mask)
+
+
+def prompt_in_840(box, points=()):
+    """The prompt for that image, in which x counts four times."""
+    box = box and tuple(np.divide(box, (4, 1, 4, 1)))
+    return SamPrompt(box, tuple((x / 4, y) for x, y in points))
 
 
 def test_box_ious_by_hand():
     # The true one, half of it, 200 x 100 of 140,000 pixels shared, an edge shared, 9.5 more, none.
     boxes = [TRUE_BOX, (200, 100, 400, 300), (400, 200, 800, 400), (600, 100, 840, 300)]
     boxes += [(190.5, 100, 600, 300), None]
-    prompts = [SamPrompt(box, ()) for box in boxes]
-    found = box_ious([drawn(), drawn(box=None)], [prompts, prompts])
+    prompts = [prompt_in_840(box) for box in boxes]
+    found = box_ious([drawn(), drawn(target=False)], [prompts, prompts])
     assert found[0].tolist() == pytest.approx([1, 1 / 2, 1 / 7, 0, 400 / 409.5, 0])
     assert found[1].tolist() == [0] * 6  # nothing is there: also without a box
 
 
-def thirds(sample, box, points=(), extent=840, in_mask=False):
+def thirds(box, points=(), extent=840, in_mask=False):
     """How many of the three parts of Seg-Zero's reward a prompt earns; each is worth 4/3."""
-    earned = segzero_reward([sample], [[SamPrompt(box, tuple(points))]], extent, in_mask)
-    assert earned.shape == (1, 1) and earned.dtype == torch.float32
-    return pytest.approx(earned.item() * 3 / 4)
+    empty, asked = SamPrompt(None, ()), prompt_in_840(box, points)
+    samples = [drawn(target=False), drawn()]
+    earned = segzero_reward(samples, [[asked, empty], [empty, asked]], extent, in_mask)
+    assert earned.dtype == torch.float32 and earned[0].tolist() == [0, 0] and earned[1, 0] == 0
+    return pytest.approx(earned[1, 1].item() * 3 / 4)
 
 
 @pytest.mark.parametrize(
@@ -578,7 +561,7 @@ def thirds(sample, box, points=(), extent=840, in_mask=False):
     ],
 )
 def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, expected):
-    assert thirds(drawn(), box, extent=extent) == expected
+    assert thirds(box, extent=extent) == expected
 
 
 @pytest.mark.parametrize(
@@ -594,30 +577,10 @@ def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, ex
     ],
 )
 def test_segzero_rewards_points_near_the_labels_or_in_the_mask(monkeypatch, points, near, in_mask):
-    labels = ((300, 130), (500, 270))
+    labels = prompt_in_840(None, ((300, 130), (500, 270))).points
     monkeypatch.setattr(segzero, "interior_points", lambda mask: labels)
-    assert thirds(drawn(), TRUE_BOX, points) == 2 + near
-    assert thirds(drawn(), TRUE_BOX, points, in_mask=True) == 2 + in_mask
-
-
-def test_segzero_measures_in_pixels_of_840_along_each_axis(monkeypatch):
-    """In an image of 210 x 840, x counts four times."""
-    box = (100, 100, 200, 500)
-    sample = drawn(210, 840, box)
-    for right, down, close in ((4.9, 0, True), (5, 0, False), (0, 19.9, True), (0, 20, False)):
-        assert thirds(sample, tuple(np.add(box, (right, down, right, down)))) == 1 + close
-    monkeypatch.setattr(segzero, "interior_points", lambda mask: ((150, 150), (150, 250)))
-    for x, near in ((174, True), (176, False)):  # 96 and 104 to the right
-        assert thirds(sample, box, ((x, 150), (x, 250))) == 2 + near
-
-
-def test_segzero_scores_each_completion_of_each_sample():
-    corner = (440, 540, 840, 840)
-    samples = [drawn(), drawn(box=corner), drawn(box=None)]
-    first = SamPrompt(TRUE_BOX, interior_points(samples[0].mask))
-    second = SamPrompt(corner, ((840, 840), (840.0, 600)))  # on the far edge: in its last pixels
-    earned = segzero_reward(samples, [[first, second]] * 3, extent=840, in_mask=True)
-    assert earned.tolist() == [[4, 0], [0, 4], [0, 0]]
+    assert thirds(TRUE_BOX, points) == 2 + near
+    assert thirds(TRUE_BOX, points, in_mask=True) == 2 + in_mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,16 +589,12 @@ def test_segzero_scores_each_completion_of_each_sample():
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SYMBOLS = [*"[]{}()'\":,-+.0\\ \n\0\ud800\ufeff\u2028٣", "```json", '{"bbox":', "1e6", "why", BODY]
-NUMBERS = st.sampled_from(
-    ["NaN", "-Infinity", "1e999", "1e-320", "-0.0", "0x10", "true", "'7'", "٣"]
-)
+NUMBERS = st.sampled_from("NaN -Infinity 1e999 1e-320 -0.0 0x10 true '7' ٣".split())
 NUMBERS |= st.integers(-100, 200).map(str) | st.floats(allow_subnormal=False).map(repr)
 ANSWER = '{{"bbox":[{},{},{},{}],"points_1":[{},{}],"points_2":[{},{}]}}'
 HOSTILE = st.one_of(
-    st.text(),
     st.lists(st.sampled_from(TAGS + SYMBOLS)).map("".join),
     st.lists(st.sampled_from(SYMBOLS)).map("".join).map(wrap),
-    st.builds(lambda piece, n: wrap(piece * n), st.sampled_from(SYMBOLS), st.integers(1, 2000)),
     st.lists(NUMBERS, min_size=8, max_size=8).map(lambda numbers: wrap(ANSWER.format(*numbers))),
 )
 QUICK = settings(max_examples=100, derandomize=True, deadline=None, database=None)
