@@ -112,11 +112,7 @@ def test_an_answer_that_is_no_object_with_these_keys_gives_nothing(body):
 @pytest.mark.parametrize(
     "body",
     [
-        *(
-            f"```json\n[\n{BODY}\n]\n```",
-            f"the answer is {BODY} and that is all",
-            f"{BODY}</answer>",
-        ),
+        *(f"```json\n[\n{BODY}\n]\n```", f"the answer is {BODY}</answer> and that is all"),
         BODY.replace("[", "(").replace("]", ")"),
         BODY.replace("[", "[[").replace("]", "]]"),
         BODY.replace(",", "，").replace(":", "：").replace("[", "【").replace('"', "”"),
@@ -265,24 +261,24 @@ def test_masks_and_counts_equal_those_of_sam_predictor(
     predictor = SamPredictor(original)
     for b, scene in enumerate(scenes):
         predictor.set_image(np.asarray(scene.image))
-        for g, (box, points, _) in enumerate(mixed[b]):
+        for g, prompt in enumerate(mixed[b]):
             mask = overlap.masks[b][g].numpy()
             assert mask.shape == scene.mask.shape
-            assert overlap.prompted[b, g] == (box is not None or len(points) > 0)
+            assert overlap.prompted[b, g] == (prompt != SamPrompt(None, ()))
             if not overlap.prompted[b, g]:
                 assert not mask.any() and overlap.iou[b, g] == 0
                 continue
             logits, ratings, _ = predictor.predict(
-                point_coords=np.array(points) if points else None,
-                point_labels=np.ones(len(points)) if points else None,
-                box=None if box is None else np.array(box),
+                point_coords=np.array(prompt.points) if prompt.points else None,
+                point_labels=np.ones(len(prompt.points)) if prompt.points else None,
+                box=None if prompt.box is None else np.array(prompt.box),
                 return_logits=True,
             )
             assert ratings.argmax() == favourite
             clear = np.abs(logits[favourite]) > 1e-4  # closer to 0, rounding decides
             assert clear.mean() > 0.999
             same = mask == (logits[favourite] > 0)
-            assert same[clear].all(), f"the mask of {mixed[b][g]} is not SamPredictor's"
+            assert same[clear].all(), f"the mask of {prompt} is not SamPredictor's"
             counted = True if scene.ignore is None else ~scene.ignore
             assert overlap.intersection[b, g] == (mask & scene.mask & counted).sum()
             assert overlap.union[b, g] == ((mask | scene.mask) & counted).sum()
@@ -316,9 +312,8 @@ def test_cropping_the_padding_first_does_not_change_the_masks(size):
     input_size = ResizeLongestSide.get_preprocess_shape(*size, 1024)
     official = SimpleNamespace(image_encoder=SimpleNamespace(img_size=1024))
     expected = Sam.postprocess_masks(official, logits[:, None], input_size, size)[:, 0]
-    assert torch.allclose(
-        reward.upsample_masks(logits, 1024, input_size, size), expected, atol=1e-4
-    )
+    found = reward.upsample_masks(logits, 1024, input_size, size)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.exercise_4
@@ -429,7 +424,7 @@ def ious(truth, ignore, masks):
     ignore = None if ignore is None else torch.tensor([ignore], dtype=torch.bool)
     masks = torch.tensor(masks, dtype=torch.bool)[:, None]
     intersection, union = reward.intersection_and_union(masks, truth, ignore)
-    return Overlap(intersection, union, torch.ones_like(union, dtype=torch.bool), None).iou.tolist()
+    return Overlap(intersection, union, prompted=None, masks=None).iou.tolist()
 
 
 @pytest.mark.exercise_3
@@ -597,7 +592,6 @@ HOSTILE = st.one_of(
     st.lists(st.sampled_from(SYMBOLS)).map("".join).map(wrap),
     st.lists(NUMBERS, min_size=8, max_size=8).map(lambda numbers: wrap(ANSWER.format(*numbers))),
 )
-QUICK = settings(max_examples=100, derandomize=True, deadline=None, database=None)
 
 
 def right_format(text):
@@ -617,7 +611,7 @@ def quick_scorer(sam, empty):
     return scorer
 
 
-@QUICK
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(st.lists(HOSTILE, min_size=8, max_size=8))
 def test_hostile_completions_are_scored_in_range(quick_scorer, samples, empty, texts):
     halves = [texts[:4], texts[4:]]
@@ -625,7 +619,7 @@ def test_hostile_completions_are_scored_in_range(quick_scorer, samples, empty, t
     assert set(scores.accuracy.flatten().tolist()) <= {0, 2, 3, 4}
     assert ((scores.iou >= 0) & (scores.iou <= 1)).all()  # so it is not NaN
     assert scores.think_format.flatten().tolist() == list(map(right_format, texts))
-    for answer in (answer for group in scores.answers for answer in group):
+    for answer in sum(scores.answers, []):
         x1, y1, x2, y2 = answer.box or (0, 0, 1, 1)
         assert x1 < x2 and y1 < y2
         assert not answer.answer_format or (answer.box and len(answer.points) == 2)
