@@ -91,36 +91,29 @@ def test_an_invalid_part_is_dropped_and_the_others_stay(part, value):
     assert found == Answer(True, False, box, points, "the red one")
 
 
+CLEAR = [  # and yet not in the asked form
+    *(f"```json\n[\n{BODY}\n]\n```", f"the answer is {BODY}</answer> and that is all"),
+    BODY.replace("[", "(").replace("]", ")"),
+    BODY.replace("[", "[[").replace("]", "]]"),
+    BODY.replace(",", "，").replace(":", "：").replace("[", "【").replace('"', "”"),
+    BODY.replace("[1,", '[ // the "box"\n1, /* {2} */'),
+]
+NO_OBJECT = [  # with these keys
+    *("", "null", "7", "[1,2,30,40]", "{", f'{{"answer":{BODY}}}', "{[1]: 2}", "}{", "\0"),
+    *(BODY + BODY, f"{BODY}, {OTHER}", f"[{BODY}, {OTHER}]"),  # two, and one was asked for
+    *(BODY.replace("1,2", "01,2"), BODY.replace("1,2", "f(1),2"), BODY.replace("1,2", "1,,2")),
+    # Nested deeper than the stack of Python or of its two parsers.
+    *("/*" * 990, "//" * 990, "{" + "/*" * 990 + "}"),
+    *('{"a":' * 390, "[" * 995 + "]" * 995, "(" * 1990, "-" * 1990 + "1", "1+" * 990 + "1"),
+    BODY + " " * 2000,  # longer than LONGEST_ANSWER
+]
+
+
 @pytest.mark.exercise_1
-@pytest.mark.parametrize(
-    "body",
-    [
-        *("", "null", "7", "[1,2,30,40]", "{", f'{{"answer":{BODY}}}', "{[1]: 2}", "}{", "\0"),
-        *(BODY + BODY, f"{BODY}, {OTHER}", f"[{BODY}, {OTHER}]"),  # two, and one was asked for
-        *(BODY.replace("1,2", "01,2"), BODY.replace("1,2", "f(1),2"), BODY.replace("1,2", "1,,2")),
-        # Nested deeper than the stack of Python or of its two parsers.
-        *("/*" * 990, "//" * 990, "{" + "/*" * 990 + "}"),
-        *('{"a":' * 390, "[" * 995 + "]" * 995, "(" * 1990, "-" * 1990 + "1", "1+" * 990 + "1"),
-        BODY + " " * 2000,  # longer than LONGEST_ANSWER
-    ],
-    ids=lambda body: body[:25],
-)
-def test_an_answer_that_is_no_object_with_these_keys_gives_nothing(body):
-    assert parse_answer(wrap(body)) == Answer(True, False, None, (), "the red one")
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        *(f"```json\n[\n{BODY}\n]\n```", f"the answer is {BODY}</answer> and that is all"),
-        BODY.replace("[", "(").replace("]", ")"),
-        BODY.replace("[", "[[").replace("]", "]]"),
-        BODY.replace(",", "，").replace(":", "：").replace("[", "【").replace('"', "”"),
-        BODY.replace("[1,", '[ // the "box"\n1, /* {2} */'),
-    ],
-)
-def test_what_is_clear_but_not_in_the_asked_form_gives_a_box_and_no_format(body):
-    assert parse_answer(wrap(body)) == Answer(True, False, BOX, POINTS, "the red one")
+@pytest.mark.parametrize("body", CLEAR + NO_OBJECT, ids=lambda body: body[:25])
+def test_an_answer_that_is_not_in_the_asked_form_earns_no_format(body):
+    found = (BOX, POINTS) if body in CLEAR else (None, ())
+    assert parse_answer(wrap(body)) == Answer(True, False, *found, "the red one")
 
 
 @pytest.mark.exercise_1
