@@ -406,7 +406,7 @@ def head_and_hidden(dtype, tokens=37, width=24, vocabulary=101):
     return head, hidden, torch.randint(20, vocabulary, (tokens,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_heads_logprobs_and_gradient_equal_those_of_plain_autograd(dtype):
     """It is computed in the forward pass. Each log-prob has another weight in the loss."""
     temperature = 0.7

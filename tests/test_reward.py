@@ -298,7 +298,7 @@ def test_the_tiny_sam_takes_its_prompt_literally(scorer):
     assert good > 0.88 and max(shifted, astray) < good - 0.2
 
 
-@pytest.mark.parametrize("size", [(480, 640), (640, 640), (1000, 1), (2000, 1333)])
+@pytest.mark.parametrize("size", [(480, 640), (640, 640), (1000, 1), (1, 1000), (2000, 1333)])
 def test_cropping_the_padding_first_does_not_change_the_masks(size):
     """With the numbers of an official SAM: 1024 pixels, logits of 256 x 256."""
     logits = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0)) * 20
@@ -544,8 +544,9 @@ def thirds(box, points=(), extent=840, in_mask=False):
         *(((200, 100, 400, 300), 840, 0), ((200, 100, 401, 300), 840, 1)),
         *(((209.9, 109.9, 609.9, 309.9), 840, 2), ((210, 110, 610, 310), 840, 1)),
         *(((219.9, 100, 619.9, 300), 840, 2), ((220, 100, 620, 300), 840, 1)),
-        # Two pixels of a policy image of 64 are 26.25 of 840.
+        # Two pixels of a policy image of 64 are 26.25 of 840. With thousandths the limit is 10.
         *(((226, 126, 626, 326), 64, 2), ((226.25, 126.25, 626.25, 326.25), 64, 1)),
+        ((210, 110, 610, 310), 1000, 1),
     ],
 )
 def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, expected):
@@ -562,6 +563,7 @@ def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, ex
         (((300, 99), (500, 270)), False, False),  # outside of it
         (((300, 130), (500, 249.9)), True, False),  # the pixel is y = 249, in the hole
         (((300, 130),), False, False),  # one point
+        ((), False, False),
     ],
 )
 def test_segzero_rewards_points_near_the_labels_or_in_the_mask(monkeypatch, points, near, in_mask):
