@@ -2,13 +2,12 @@
 SamPredictor, pycocotools, a regular expression, and numbers worked out by hand."""
 
 import copy
+import dataclasses
+import importlib
 import json
 import math
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -20,20 +19,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
-from segment_anything.modeling.image_encoder import Attention
 from segment_anything.utils.transforms import ResizeLongestSide
 
 import reward
 from data import Shapes
-from plumbing import segzero
+from plumbing import answers, segzero
 from plumbing.errors import UserError
 from plumbing.rewards import ACCURACY, box_ious, true_box
-from plumbing.sam import build_sam, folded_attention, load_sam
+from plumbing.sam import load_sam
 from plumbing.scenes import interior_points
 from plumbing.segzero import segzero_reward
 from reward import Answer, Overlap, SamPrompt, SamScorer, parse_answer, score_completions
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # --------------------------------------------------------------------------------------------------
 # Text to prompts
@@ -95,43 +91,35 @@ def test_an_invalid_part_is_dropped_and_the_others_stay(part, value):
     assert found == Answer(True, False, box, points, "the red one")
 
 
+CLEAR = [  # and yet not in the asked form
+    *(f"```json\n[\n{BODY}\n]\n```", f"the answer is {BODY}</answer> and that is all"),
+    BODY.replace("[", "(").replace("]", ")"),
+    BODY.replace("[", "[[").replace("]", "]]"),
+    BODY.replace(",", "，").replace(":", "：").replace("[", "【").replace('"', "”"),
+    BODY.replace("[1,", '[ // the "box"\n1, /* {2} */'),
+]
+NO_OBJECT = [  # with these keys
+    *("", "null", "7", "[1,2,30,40]", "{", f'{{"answer":{BODY}}}', "{[1]: 2}", "}{", "\0"),
+    *(BODY + BODY, f"{BODY}, {OTHER}", f"[{BODY}, {OTHER}]"),  # two, and one was asked for
+    *(BODY.replace("1,2", "01,2"), BODY.replace("1,2", "f(1),2"), BODY.replace("1,2", "1,,2")),
+    # Nested deeper than the stack of Python or of its two parsers.
+    *("/*" * 990, "//" * 990, "{" + "/*" * 990 + "}"),
+    *('{"a":' * 390, "[" * 995 + "]" * 995, "(" * 1990, "-" * 1990 + "1", "1+" * 990 + "1"),
+    BODY + " " * 2000,  # longer than LONGEST_ANSWER
+]
+
+
 @pytest.mark.exercise_1
-@pytest.mark.parametrize(
-    "body",
-    [
-        *("", "null", "7", "[1,2,30,40]", "{", f'{{"answer":{BODY}}}', "{[1]: 2}", "}{", "\0"),
-        *(BODY + BODY, f"{BODY}, {OTHER}", f"[{BODY}, {OTHER}]"),  # two, and one was asked for
-        *(BODY.replace("1,2", "01,2"), BODY.replace("1,2", "f(1),2"), BODY.replace("1,2", "1,,2")),
-        # Nested deeper than the stack of Python or of its two parsers.
-        *("/*" * 990, "//" * 990, "{" + "/*" * 990 + "}"),
-        *('{"a":' * 390, "[" * 995 + "]" * 995, "(" * 1990, "-" * 1990 + "1", "1+" * 990 + "1"),
-        BODY + " " * 2000,  # longer than LONGEST_ANSWER
-    ],
-    ids=lambda body: body[:25],
-)
-def test_an_answer_that_is_no_object_with_these_keys_gives_nothing(body):
-    assert parse_answer(wrap(body)) == Answer(True, False, None, (), "the red one")
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        *(f"[{BODY}]", f"the answer is {BODY}", f"{BODY} that is all", f"dict({BODY})"),
-        *(f"json\n{BODY}", f"```json\n[\n{BODY}\n]\n```", f"{BODY}</answer>"),
-        BODY.replace("[", "(").replace("]", ")"),
-        BODY.replace("[", "[[").replace("]", "]]"),
-        BODY.replace(",", "，").replace(":", "：").replace("[", "【").replace('"', "”"),
-        BODY.replace("[1,", '[ // the "box"\n1, /* {2} */'),
-    ],
-)
-def test_what_is_clear_but_not_in_the_asked_form_gives_a_box_and_no_format(body):
-    assert parse_answer(wrap(body)) == Answer(True, False, BOX, POINTS, "the red one")
+@pytest.mark.parametrize("body", CLEAR + NO_OBJECT, ids=lambda body: body[:25])
+def test_an_answer_that_is_not_in_the_asked_form_earns_no_format(body):
+    found = (BOX, POINTS) if body in CLEAR else (None, ())
+    assert parse_answer(wrap(body)) == Answer(True, False, *found, "the red one")
 
 
 @pytest.mark.exercise_1
 def test_the_answer_format_does_not_judge_the_quality_of_a_box_or_point():
     """A box smaller than a pixel, and the same point twice outside of it."""
-    data = {"bbox": (0.1, 0.2, 0.3, 0.4), "points_1": (700.0, 800.0), "points_2": (700.0, 800.0)}
+    data = {"bbox": (0.1, 0.2, 0.3, 0.4), "points_1": (7e2, 1e6), "points_2": (7e2, 1e6)}
     found = parse_answer(wrap(json.dumps(data)))
     assert found.answer_format and (found.box, *found.points) == tuple(data.values())
 
@@ -158,7 +146,6 @@ def test_the_answer_format_does_not_judge_the_quality_of_a_box_or_point():
         (f"<answer>{BODY}</answer><think>why</think>", False, False),
         (f"<think>why<answer>{BODY}</answer></think>", False, False),
         (f"<answer>{OTHER}</answer><think>why</think><answer>{BODY}</answer>", False, True),
-        ("", False, False),
     ],
 )
 def test_the_two_formats_are_judged_separately(text, think, answer):
@@ -167,11 +154,10 @@ def test_the_two_formats_are_judged_separately(text, think, answer):
     assert (found.box, found.points) == ((BOX, POINTS) if answer else (None, ()))
 
 
-def test_an_odd_escape_prints_no_warning():
-    code = r"""from plumbing.answers import read_literal; print(read_literal("{'a': '\\d'}"))"""
-    command = [sys.executable, "-W", "always", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("{'a': '\\\\d'}\n", "")
+def test_an_odd_escape_prints_no_warning(recwarn):
+    importlib.reload(answers)  # pytest has replaced the warning filter that the first import set
+    assert answers.read_literal(r"{'a': '\d'}") == {"a": r"\d"}
+    assert not recwarn.list
 
 
 def prompt_of(box, points, extent, width, height):
@@ -204,7 +190,7 @@ def test_a_box_is_clipped_to_the_image_and_what_lies_outside_is_dropped(box, cli
 
 
 # --------------------------------------------------------------------------------------------------
-# SAM: loading and attention
+# Prompts to masks
 # --------------------------------------------------------------------------------------------------
 
 
@@ -223,33 +209,6 @@ def test_a_sam_that_cannot_be_loaded_is_refused(spec, message, tmp_path, monkeyp
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
     with pytest.raises(UserError, match=message):
         load_sam(spec)
-
-
-def test_folded_attention_equals_the_original_at_the_width_of_vit_b():
-    torch.manual_seed(0)
-    H, W = 6, 17
-    attention = Attention(768, num_heads=12, qkv_bias=True, use_rel_pos=True, input_size=(H, W))
-    # They start at zero, which would hide swapped rows and columns.
-    torch.nn.init.normal_(attention.rel_pos_h)
-    torch.nn.init.normal_(attention.rel_pos_w)
-    x = torch.randn(3, H, W, 768)
-    with torch.no_grad():
-        difference = folded_attention(attention, x) - Attention.forward(attention, x)
-    assert difference.abs().max() < 1e-5
-
-
-# --------------------------------------------------------------------------------------------------
-# Prompts to masks
-# --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def original_sam(sam):
-    """The same weights with segment_anything's own attention."""
-    plain = copy.deepcopy(sam)
-    for block in plain.image_encoder.blocks:
-        del block.attn.forward
-    return plain
 
 
 @pytest.fixture(scope="module")
@@ -279,92 +238,75 @@ def mixed(scenes):
     return prompts
 
 
-def predict(predictor, prompt):
-    """SamPredictor's logits (H, W) of the mask that it rates best of three, and its number."""
-    logits, ratings, _ = predictor.predict(
-        point_coords=np.array(prompt.points) if prompt.points else None,
-        point_labels=np.ones(len(prompt.points)) if prompt.points else None,
-        box=None if prompt.box is None else np.array(prompt.box),
-        multimask_output=True,
-        return_logits=True,
-    )
-    return logits[ratings.argmax()], ratings.argmax()
-
-
 @pytest.mark.exercise_4
 @pytest.mark.parametrize("favourite", [0, 1, 2])  # of SAM's three masks for each prompt
 def test_masks_and_counts_equal_those_of_sam_predictor(
-    favourite, scenes, mixed, sam, original_sam, scorer, monkeypatch
+    favourite, scenes, mixed, sam, scorer, monkeypatch
 ):
-    for model in (sam, original_sam):
-        last = model.mask_decoder.iou_prediction_head.layers[-1]
-        rated = last.bias.detach().clone()
-        rated[1 + favourite] += 10  # the first of the four is the mask for a single output
-        monkeypatch.setattr(last.bias, "data", rated)
+    last = sam.mask_decoder.iou_prediction_head.layers[-1]
+    rated = last.bias.detach().clone()
+    rated[1 + favourite] += 10  # the first of the four is the mask for a single output
+    monkeypatch.setattr(last.bias, "data", rated)
     overlap = scorer.score(scenes, mixed, keep_masks=True)
-    predictor = SamPredictor(original_sam)
-    chosen = set()
+    original = copy.deepcopy(sam)  # with segment_anything's own attention
+    for block in original.image_encoder.blocks:
+        del block.attn.forward
+    predictor = SamPredictor(original)
     for b, scene in enumerate(scenes):
         predictor.set_image(np.asarray(scene.image))
         for g, prompt in enumerate(mixed[b]):
             mask = overlap.masks[b][g].numpy()
             assert mask.shape == scene.mask.shape
             assert overlap.prompted[b, g] == (prompt != SamPrompt(None, ()))
-            if prompt == SamPrompt(None, ()):
+            if not overlap.prompted[b, g]:
                 assert not mask.any() and overlap.iou[b, g] == 0
                 continue
-            logits, number = predict(predictor, prompt)
-            clear = np.abs(logits) > 1e-4  # closer to 0, rounding decides
+            logits, ratings, _ = predictor.predict(
+                point_coords=np.array(prompt.points) if prompt.points else None,
+                point_labels=np.ones(len(prompt.points)) if prompt.points else None,
+                box=None if prompt.box is None else np.array(prompt.box),
+                return_logits=True,
+            )
+            assert ratings.argmax() == favourite
+            clear = np.abs(logits[favourite]) > 1e-4  # closer to 0, rounding decides
             assert clear.mean() > 0.999
-            same = mask == (logits > 0)
+            same = mask == (logits[favourite] > 0)
             assert same[clear].all(), f"the mask of {prompt} is not SamPredictor's"
             counted = True if scene.ignore is None else ~scene.ignore
             assert overlap.intersection[b, g] == (mask & scene.mask & counted).sum()
             assert overlap.union[b, g] == ((mask | scene.mask) & counted).sum()
-            chosen.add(number)
     assert overlap.iou.max() > 0.5  # so the masks are not arbitrary
-    assert chosen == {favourite}
 
 
-def test_the_tiny_sam_takes_its_prompt_literally(original_sam):
+def test_the_tiny_sam_takes_its_prompt_literally(scorer):
     """So that the reward has a reason to ask for good boxes and points."""
-    predictor = SamPredictor(original_sam)
-    found = {"good": [], "shifted": [], "astray": []}
+    scenes, prompts = [], []
     for index in range(24):
-        image, things, _, target = Shapes("heldout").scene(index)
-        thing = things[target]
-        good = interior_points(thing.mask)
-        x1, y1, x2, y2 = thing.box
+        sample = Shapes("heldout")[index]
+        x1, y1, x2, y2 = map(int, true_box(sample.mask))
+        outside = np.argwhere(~sample.mask[y1:y2, x1:x2])
+        if not len(outside):  # a square
+            continue
+        first, second = interior_points(sample.mask)
+        y, x = outside[0] + (y1, x1)
         shift = (x2 - x1) / 2
-        prompts = {
-            "good": SamPrompt(thing.box, good),
-            "shifted": SamPrompt((x1 + shift, y1, x2 + shift, y2), good),
-        }
-        background = ~np.any([member.mask for member in things], axis=0)
-        in_box = np.argwhere(background[y1:y2, x1:x2])
-        if len(in_box):
-            y, x = in_box[0] + (y1, x1)
-            prompts["astray"] = SamPrompt(thing.box, (good[0], (x, y)))
-        predictor.set_image(np.asarray(image))
-        for name, prompt in prompts.items():
-            mask = predict(predictor, prompt)[0] > 0
-            found[name].append((mask & thing.mask).sum() / (mask | thing.mask).sum())
-    iou = {name: np.mean(values) for name, values in found.items()}
-    assert iou["good"] > 0.88
-    assert iou["shifted"] < iou["good"] - 0.2
-    assert iou["astray"] < iou["good"] - 0.2
+        good = SamPrompt((x1, y1, x2, y2), (first, second))
+        shifted = SamPrompt((x1 + shift, y1, x2 + shift, y2), (first, second))
+        scenes.append(sample)
+        prompts.append([good, shifted, good._replace(points=(first, (x, y)))])
+    good, shifted, astray = scorer.score(scenes, prompts).iou.mean(0)
+    assert good > 0.88 and max(shifted, astray) < good - 0.2
 
 
-@pytest.mark.parametrize("size", [(480, 640), (640, 640), (1000, 1), (2000, 1333)])
+@pytest.mark.parametrize("size", [(480, 640), (640, 640), (1000, 1), (1, 1000), (2000, 1333)])
 def test_cropping_the_padding_first_does_not_change_the_masks(size):
     """With the numbers of an official SAM: 1024 pixels, logits of 256 x 256."""
     logits = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0)) * 20
     input_size = ResizeLongestSide.get_preprocess_shape(*size, 1024)
     official = SimpleNamespace(image_encoder=SimpleNamespace(img_size=1024))
     expected = Sam.postprocess_masks(official, logits[:, None], input_size, size)[:, 0]
-    assert torch.allclose(
-        reward.upsample_masks(logits, 1024, input_size, size), expected, atol=1e-4
-    )
+    found = reward.upsample_masks(logits, 1024, input_size, size)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.exercise_4
@@ -465,10 +407,8 @@ def test_pixels_are_counted_as_in_pycocotools():
     def encode(mask):
         return coco.encode(np.asfortranarray((mask & ~ignore).numpy().astype(np.uint8)))
 
-    for g, mask in enumerate(masks):
-        pair = [encode(mask), encode(truth)]
-        assert intersection[g] == coco.area(coco.merge(pair, intersect=True))
-        assert union[g] == coco.area(coco.merge(pair))
+    expected = coco.iou([encode(mask) for mask in masks], [encode(truth)], [False])
+    assert (intersection / union).tolist() == pytest.approx(expected[:, 0])
 
 
 def ious(truth, ignore, masks):
@@ -477,7 +417,7 @@ def ious(truth, ignore, masks):
     ignore = None if ignore is None else torch.tensor([ignore], dtype=torch.bool)
     masks = torch.tensor(masks, dtype=torch.bool)[:, None]
     intersection, union = reward.intersection_and_union(masks, truth, ignore)
-    return Overlap(intersection, union, torch.ones_like(union, dtype=torch.bool), None).iou.tolist()
+    return Overlap(intersection, union, prompted=None, masks=None).iou.tolist()
 
 
 @pytest.mark.exercise_3
@@ -499,10 +439,14 @@ def test_iou_is_one_for_two_empty_masks():
     assert ious([1, 0, 0], [1, 1, 0], [[0, 1, 0]]) == [1]  # both hold only ignored pixels
 
 
-def test_a_completion_without_a_prompt_scores_zero_even_if_the_true_mask_is_empty(scorer, samples):
-    empty = np.zeros_like(samples[0].mask)
-    nothing = SimpleNamespace(image=samples[0].image, mask=empty, ignore=None)
-    scores = score_completions(scorer, [nothing], [[wrap("{}"), ""]], extent=64, keep_masks=True)
+@pytest.fixture(scope="module")
+def empty(samples):
+    """A sample without a target."""
+    return dataclasses.replace(samples[0], mask=np.zeros_like(samples[0].mask))
+
+
+def test_a_completion_without_a_prompt_scores_zero_even_if_the_true_mask_is_empty(scorer, empty):
+    scores = score_completions(scorer, [empty], [[wrap("{}"), ""]], extent=64, keep_masks=True)
     assert not scores.overlap.masks[0].any()
     assert scores.iou.tolist() == [[0, 0]] and scores.reward.tolist() == [[1, 0]]
 
@@ -528,20 +472,20 @@ def test_iou_must_exceed_a_threshold(kind, expected):
         assert torch.equal(iou, before), "the IoU is logged: it must not be changed in place"
 
 
-def true_answer(sample, think=True, points=True, extent=64):
-    """A completion with the true box of a sample and two good points, or only one."""
+def true_answer(sample, extent=64):
+    """A completion with the true box of a sample and two good points."""
     scale = extent / np.array(sample.image.size)
     first, second = (list(point * scale) for point in interior_points(sample.mask))
-    answer = {"bbox": list(true_box(sample.mask) * np.tile(scale, 2)), "points_1": first}
-    if points:
-        answer["points_2"] = second
-    return wrap(json.dumps(answer)) if think else f"<answer>{json.dumps(answer)}</answer>"
+    box = list(true_box(sample.mask) * np.tile(scale, 2))
+    return wrap(json.dumps({"bbox": box, "points_1": first, "points_2": second}))
 
 
 @pytest.mark.parametrize("kind", ACCURACY)
 def test_the_reward_is_the_sum_of_its_parts(scorer, samples, kind):
-    options = ({}, {"think": False}, {"points": False})
-    completions = [[*(true_answer(s, **o) for o in options), "no idea"] for s in samples]
+    completions = []
+    for right in map(true_answer, samples):
+        answer_only = right[right.index("<answer>") :]
+        completions.append([right, answer_only, right.replace("points_2", "?"), "no idea"])
     scores = score_completions(scorer, samples, completions, extent=64, accuracy=kind)
     assert scores.think_format.tolist() == [[1, 0, 1, 0]] * 6
     assert scores.answer_format.tolist() == [[1, 1, 0, 0]] * 6
@@ -556,38 +500,40 @@ def test_the_reward_is_the_sum_of_its_parts(scorer, samples, kind):
     assert 5 < scores.reward.max() <= 6 and scores.reward.min() == 0
 
 
-# --------------------------------------------------------------------------------------------------
-# Rewards without SAM
-# --------------------------------------------------------------------------------------------------
-
-TRUE_BOX = (200, 100, 600, 300)
+TRUE_BOX = (200, 100, 600, 300)  # in pixels of 840 x 840, as Seg-Zero counts
 
 
-def drawn(width=840, height=840, box=TRUE_BOX):
-    """A blank image whose true mask is a box, with a hole in its middle, or empty without a box."""
-    mask = np.zeros((height, width), bool)
-    if box:
-        x1, y1, x2, y2 = box
-        mask[y1:y2, x1:x2] = True
-        mask[y1 + 50 : y2 - 50, x1 + 50 : x2 - 50] = False
-    return SimpleNamespace(image=Image.new("RGB", (width, height)), mask=mask)
+def drawn(target=True):
+    """A blank image of 210 x 840. Its true mask is TRUE_BOX without its middle, or empty."""
+    mask = np.zeros((840, 210), bool)
+    mask[100:300, 50:150] = target
+    mask[150:250, 63:138] = False
+    return SimpleNamespace(image=Image.new("RGB", (210, 840)), mask=mask)
+
+
+def prompt_in_840(box, points=()):
+    """The prompt for that image, in which x counts four times."""
+    box = box and tuple(np.divide(box, (4, 1, 4, 1)))
+    return SamPrompt(box, tuple((x / 4, y) for x, y in points))
 
 
 def test_box_ious_by_hand():
     # The true one, half of it, 200 x 100 of 140,000 pixels shared, an edge shared, 9.5 more, none.
     boxes = [TRUE_BOX, (200, 100, 400, 300), (400, 200, 800, 400), (600, 100, 840, 300)]
     boxes += [(190.5, 100, 600, 300), None]
-    prompts = [SamPrompt(box, ()) for box in boxes]
-    found = box_ious([drawn(), drawn(box=None)], [prompts, prompts])
+    prompts = [prompt_in_840(box) for box in boxes]
+    found = box_ious([drawn(), drawn(target=False)], [prompts, prompts])
     assert found[0].tolist() == pytest.approx([1, 1 / 2, 1 / 7, 0, 400 / 409.5, 0])
     assert found[1].tolist() == [0] * 6  # nothing is there: also without a box
 
 
-def thirds(sample, box, points=(), extent=840, in_mask=False):
+def thirds(box, points=(), extent=840, in_mask=False):
     """How many of the three parts of Seg-Zero's reward a prompt earns; each is worth 4/3."""
-    earned = segzero_reward([sample], [[SamPrompt(box, tuple(points))]], extent, in_mask)
-    assert earned.shape == (1, 1) and earned.dtype == torch.float32
-    return pytest.approx(earned.item() * 3 / 4)
+    empty, asked = SamPrompt(None, ()), prompt_in_840(box, points)
+    samples = [drawn(target=False), drawn()]
+    earned = segzero_reward(samples, [[asked, empty], [empty, asked]], extent, in_mask)
+    assert earned.dtype == torch.float32 and earned[0].tolist() == [0, 0] and earned[1, 0] == 0
+    return pytest.approx(earned[1, 1].item() * 3 / 4)
 
 
 @pytest.mark.parametrize(
@@ -604,7 +550,7 @@ def thirds(sample, box, points=(), extent=840, in_mask=False):
     ],
 )
 def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, expected):
-    assert thirds(drawn(), box, extent=extent) == expected
+    assert thirds(box, extent=extent) == expected
 
 
 @pytest.mark.parametrize(
@@ -617,33 +563,14 @@ def test_segzero_rewards_the_overlap_and_the_distance_of_the_box(box, extent, ex
         (((300, 99), (500, 270)), False, False),  # outside of it
         (((300, 130), (500, 249.9)), True, False),  # the pixel is y = 249, in the hole
         (((300, 130),), False, False),  # one point
+        ((), False, False),
     ],
 )
 def test_segzero_rewards_points_near_the_labels_or_in_the_mask(monkeypatch, points, near, in_mask):
-    labels = ((300, 130), (500, 270))
+    labels = prompt_in_840(None, ((300, 130), (500, 270))).points
     monkeypatch.setattr(segzero, "interior_points", lambda mask: labels)
-    assert thirds(drawn(), TRUE_BOX, points) == 2 + near
-    assert thirds(drawn(), TRUE_BOX, points, in_mask=True) == 2 + in_mask
-
-
-def test_segzero_measures_in_pixels_of_840_along_each_axis(monkeypatch):
-    """In an image of 210 x 840, x counts four times."""
-    box = (100, 100, 200, 500)
-    sample = drawn(210, 840, box)
-    for right, down, close in ((4.9, 0, True), (5, 0, False), (0, 19.9, True), (0, 20, False)):
-        assert thirds(sample, tuple(np.add(box, (right, down, right, down)))) == 1 + close
-    monkeypatch.setattr(segzero, "interior_points", lambda mask: ((150, 150), (150, 250)))
-    for x, near in ((174, True), (176, False)):  # 96 and 104 to the right
-        assert thirds(sample, box, ((x, 150), (x, 250))) == 2 + near
-
-
-def test_segzero_scores_each_completion_of_each_sample():
-    corner = (440, 540, 840, 840)
-    samples = [drawn(), drawn(box=corner), drawn(box=None)]
-    first = SamPrompt(TRUE_BOX, interior_points(samples[0].mask))
-    second = SamPrompt(corner, ((840, 840), (840.0, 600)))  # on the far edge: in its last pixels
-    earned = segzero_reward(samples, [[first, second]] * 3, extent=840, in_mask=True)
-    assert earned.tolist() == [[4, 0], [0, 4], [0, 0]]
+    assert thirds(TRUE_BOX, points) == 2 + near
+    assert thirds(TRUE_BOX, points, in_mask=True) == 2 + in_mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -652,19 +579,14 @@ def test_segzero_scores_each_completion_of_each_sample():
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 SYMBOLS = [*"[]{}()'\":,-+.0\\ \n\0\ud800\ufeff\u2028٣", "```json", '{"bbox":', "1e6", "why", BODY]
-NUMBERS = st.sampled_from(
-    ["NaN", "-Infinity", "1e999", "1e-320", "-0.0", "0x10", "true", "'7'", "٣"]
-)
+NUMBERS = st.sampled_from("NaN -Infinity 1e999 1e-320 -0.0 0x10 true '7' ٣".split())
 NUMBERS |= st.integers(-100, 200).map(str) | st.floats(allow_subnormal=False).map(repr)
 ANSWER = '{{"bbox":[{},{},{},{}],"points_1":[{},{}],"points_2":[{},{}]}}'
 HOSTILE = st.one_of(
-    st.text(),
     st.lists(st.sampled_from(TAGS + SYMBOLS)).map("".join),
     st.lists(st.sampled_from(SYMBOLS)).map("".join).map(wrap),
-    st.builds(lambda piece, n: wrap(piece * n), st.sampled_from(SYMBOLS), st.integers(1, 2000)),
     st.lists(NUMBERS, min_size=8, max_size=8).map(lambda numbers: wrap(ANSWER.format(*numbers))),
 )
-QUICK = settings(max_examples=100, derandomize=True, deadline=None, database=None)
 
 
 def right_format(text):
@@ -676,29 +598,23 @@ def right_format(text):
 
 
 @pytest.fixture(scope="module")
-def small():
-    """A scorer with random weights and two scenes: one whose mask a box gives, and an empty one."""
-    torch.manual_seed(0)
-    sizes = dict(width=16, depth=1, heads=2, global_blocks=(0,), prompt_width=16, mlp=16)
-    scorer = SamScorer(build_sam(**sizes, image_size=32, patch=8, window=2, decoder_heads=2))
-    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    empty = SimpleNamespace(image=image, mask=np.zeros((20, 30), bool), ignore=None)
-    overlap = scorer.score([empty], [[SamPrompt((10, 5, 20, 15), ())]], keep_masks=True)
-    truth = overlap.masks[0][0].numpy()
-    return scorer, [SimpleNamespace(image=image, mask=truth, ignore=None), empty]
+def quick_scorer(sam, empty):
+    """It has encoded the only image already."""
+    scorer = SamScorer(sam)
+    embeddings = scorer.encode([empty.image, empty.image])
+    scorer.encode = lambda images: embeddings
+    return scorer
 
 
-@QUICK
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(st.lists(HOSTILE, min_size=8, max_size=8))
-def test_hostile_completions_are_scored_in_range(small, texts):
-    scorer, scenes = small
-    scores = score_completions(scorer, scenes, [texts[:4], texts[4:]], extent=64)
+def test_hostile_completions_are_scored_in_range(quick_scorer, samples, empty, texts):
+    halves = [texts[:4], texts[4:]]
+    scores = score_completions(quick_scorer, [samples[0], empty], halves, extent=64)
     assert set(scores.accuracy.flatten().tolist()) <= {0, 2, 3, 4}
     assert ((scores.iou >= 0) & (scores.iou <= 1)).all()  # so it is not NaN
-    assert torch.equal(scores.reward, scores.accuracy + scores.think_format + scores.answer_format)
     assert scores.think_format.flatten().tolist() == list(map(right_format, texts))
-    for answer in (answer for group in scores.answers for answer in group):
+    for answer in sum(scores.answers, []):
         x1, y1, x2, y2 = answer.box or (0, 0, 1, 1)
         assert x1 < x2 and y1 < y2
         assert not answer.answer_format or (answer.box and len(answer.points) == 2)
@@ -715,23 +631,6 @@ def test_megabytes_of_text_take_linear_time(piece, style):
     assert not parse_answer(wrap(piece * 10_000), style).answer_format  # a list may be this long
     assert parse_answer(wrap(BODY, "x" * n))[:3] == (True, True, BOX)
     assert time.process_time() - start < 2
-
-
-COORDINATES = st.floats(-1e6, 1e6, allow_subnormal=False) | st.integers(-(10**6), 10**6)
-
-
-@pytest.mark.exercise_1
-@QUICK
-@given(st.lists(COORDINATES, min_size=8, max_size=8), st.sampled_from((None, 2)))
-def test_the_output_of_json_dumps_is_read_back(values, indent):
-    x1, x2 = sorted(values[:2])
-    y1, y2 = sorted(values[2:4])
-    data = {"points_2": values[6:], "bbox": [x1, y1, x2, y2], "points_1": values[4:6]}
-    answer = parse_answer(wrap(json.dumps(data, indent=indent)))
-    valid = x1 < x2 and y1 < y2
-    assert answer.box == ((x1, y1, x2, y2) if valid else None)
-    assert answer.points == (tuple(values[4:6]), tuple(values[6:]))
-    assert answer.answer_format == valid
 
 
 ODD_NUMBERS = ["\u0661", "\uff11", "\u00b2", "1_000", "0x10", "inf", "nan", "1e400", "\ud800"]
