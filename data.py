@@ -3,7 +3,7 @@
 Read this file first. It holds
   1. `Sample`, the record that every data set yields;
   2. `messages`, the prompt that asks for a thought, then for a box and two points;
-  3. `Shapes`, drawn scenes whose queries take a small inference. They are the embedded default:
+  3. `Shapes`, drawn scenes whose queries need a little reasoning. They are the embedded default:
      nothing is downloaded, and there are as many scenes as a run asks for;
   4. `RefCOCO` and `ReasonSeg`, the photographs of the paper.
 
@@ -11,8 +11,9 @@ How shapes are drawn is in plumbing/scenes.py, and how the files of photographs 
 plumbing/photos.py. plumbing/sources.py opens the data set that `--data` names.
 
 Coordinate frames. The image and the mask of a sample use *image pixels*: x to the right, y down,
-origin at the top left corner. The policy sees the image resized to a square, so its answers use
-*policy pixels*. `reward.sam_prompt` scales them back to image pixels.
+origin at the top left corner, so the centre of the first pixel is (0.5, 0.5). The policy sees the
+image resized to a square. Its answers use *policy pixels*, those of Qwen3-VL thousandths of the
+sides. `reward.sam_prompt` scales both back to image pixels.
 """
 
 import random
@@ -84,7 +85,8 @@ def messages(query: str, style: str, units: str, side: int) -> list[dict]:
     style: "brief" is the query alone, for a model that knows the task: the tiny one sees 16 image
            tokens, and a page of instructions would hide them. "full" explains the task to a model
            that was not trained on it. The paper gives no wording, so this one is ours.
-           "segzero" and "visionreasoner" are for their checkpoints, see plumbing/segzero.py.
+           "segzero" and "visionreasoner" are for the public checkpoints of these systems, see
+           plumbing/segzero.py.
     units: "pixels" or "thousandths", see `UNITS`.
     side:  side of the square image that the policy sees, in pixels.
 
@@ -93,7 +95,7 @@ def messages(query: str, style: str, units: str, side: int) -> list[dict]:
     >>> conversation["role"], conversation["content"]
     ('user', [{'type': 'image'}, {'type': 'text', 'text': 'find the largest square'}])
 
-    The policy sees this text and the image, resized to 64 x 64. A completion that is right:
+    The policy sees this text and the image, resized to 64 x 64. A right completion, one line:
 
     <think>the yellow square is at the middle right</think><answer>{"bbox":[32,25,54,54],\
 "points_1":[36,32],"points_2":[37,48]}</answer>
@@ -128,9 +130,9 @@ class Shapes:
     seed:       a number for other scenes of the same split.
     size:       number of scenes.
     things:     smallest and largest number of shapes that are drawn.
-    hard_share: share of queries about a thing whose box has something else in its middle
-                (`Thing.hard`), in scenes where one can be asked: there only points tell what is
-                meant.
+    hard_share: in scenes with a query about a thing whose box has something else in its middle
+                (`Thing.hard`), the probability to ask such a one. Otherwise all queries are
+                drawn from. Only points tell what a hard query means.
     """
 
     split: str = "train"
@@ -227,6 +229,7 @@ def read_expressions(name: str, root: Path, split: str, samples: int | None) -> 
     expressions = []
     for ref, sentence in subsample(refs, samples, seed=f"{name}-{split}-0"):
         key = f"{name}-{ref['ref_id']}-{sentence['sent_id']}"
+        # A mask of another image must not be used: such an expression gets no image.
         image_id, segmentation = annotations.get(ref["ann_id"], (None, None))
         image = images.get(ref["image_id"]) if image_id in (None, ref["image_id"]) else None
         expressions.append(Expression(key, sentence["sent"], image, segmentation))
@@ -246,8 +249,8 @@ class RefCOCO:
     def __init__(self, name: str, root: Path | str, split: str, samples: int | None = None):
         self.expressions = read_expressions(name, Path(root), split, samples)
         self.folder = Path(root) / PHOTOGRAPHS
-        size = f" --samples {samples}" if samples and split == "train" else ""
-        self.hint = f"python -m tools.fetch {name} --out {root} --split {split}{size}"
+        flag = f" --samples {samples}" if samples and split == "train" else ""
+        self.hint = f"python -m tools.fetch {name} --out {root} --split {split}{flag}"
         if not any((self.folder / one.image[0]).is_file() for one in self.expressions if one.image):
             raise UserError(f"{self.folder} has no image of {split}. Run: {self.hint}")
 
@@ -259,9 +262,10 @@ class RefCOCO:
 
         one = self.expressions[index]
         with photos.foreign(f"{one.id} of instances.json", kind=BadSample):
-            if not one.image or not one.segmentation:
-                no_image = "it has no image, or its mask is of another image"
-                raise ValueError("it has no mask" if one.image else no_image)
+            if not one.image:
+                raise ValueError("it has no image, or its mask is of another image")
+            if not one.segmentation:
+                raise ValueError("it has no mask")
             file_name, (width, height) = one.image
             mask = photos.coco_mask(one.segmentation, width, height)
             if not mask.any():

@@ -8,7 +8,8 @@ to its probability when it was sampled:
                                         - beta KL_it ]
 
 pi is the policy as it is now, pi_old the policy when it sampled, and KL_it an estimate of how far
-pi is from the reference, the base model, at this token. eps and beta are settings.
+pi is from the reference, the base model, at this token. eps_low is 0.2; eps_high and beta are
+settings.
 
 The first half of the file is the mathematics: tensors in, tensors out, no model. The second half
 runs the model: `rollout` (sampling), `group_logprobs` (log-probs in one packed row per prompt).
@@ -43,7 +44,7 @@ from transformers import Cache
 
 from plumbing.devices import to_device
 from plumbing.errors import UserError
-from plumbing.vlm import Prompts, base
+from plumbing.vlm import Prompts, unwrap
 
 # --------------------------------------------------------------------------------------------------
 # The mathematics
@@ -78,8 +79,8 @@ def k3_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     >>> k3_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.25]).log())
     tensor([0.0000, 0.1931])
     """
-    log_q = reference - logprobs
-    return log_q.expm1() - log_q
+    log_ratio = reference - logprobs
+    return log_ratio.expm1() - log_ratio
 
 
 def grpo_loss(
@@ -219,13 +220,15 @@ class Decoder:
 
     Keys and values of all tokens so far are in a cache that grows by one token in each step.
     `plumbing.decoding.StaticDecoder` does the same in memory of fixed size, which a GPU needs to be
-    fast. The two take the same arguments, so `rollout` can use either.
+    fast. The two take the same arguments, so `rollout` can use either. samr1_mini.py uses that one.
     """
 
     def __init__(self, vlm, cache: Cache, prompts: Prompts, G: int, max_new_tokens: int):
-        """cache: keys and values of the B prompts. Each of them is repeated for G completions."""
+        """cache: keys and values of the B prompts. Each of them is repeated for G completions.
+        max_new_tokens: not needed here, only by `StaticDecoder`."""
         cache.batch_repeat_interleave(G)
-        last = prompts.positions.amax((0, 2)).repeat_interleave(G)  # (N,), of the prompt's tokens
+        # The largest position of each prompt, (N,): text continues after it.
+        last = prompts.positions.amax((0, 2)).repeat_interleave(G)
         self.vlm = vlm
         self.cache = cache
         self.visible = prompts.mask.repeat_interleave(G, 0).to(vlm.device)  # (N, P), grows
@@ -264,13 +267,13 @@ def rollout(
     banned:  tokens that are never sampled, at any temperature.
     decoder: the class that computes one step, see `Decoder`.
 
-    It ends when every completion has ended: T is at most max_new_tokens, often less. What stands in
-    ids after the end of a completion does not matter.
+    It ends when every completion has ended: T is at most max_new_tokens, often less (on a GPU, up
+    to 15 more than needed). What stands in ids after the end of a completion does not matter.
 
     Let 9 be the end. If row 1 samples tokens 5, 9 and row 2 samples 7, 7, 7, then ids are
     [[5, 9, any], [7, 7, 7]] and mask is [[1, 1, 0], [1, 1, 1]].
     """
-    vlm = base(model)
+    vlm = unwrap(model)
     prefilled = vlm(  # each prompt goes through the model once, not G times
         input_ids=prompts.ids.to(vlm.device),
         attention_mask=prompts.mask.to(vlm.device),
@@ -350,10 +353,11 @@ def pack(prompts: Prompts, completions: Completions) -> PackedRows:
         prompt_positions = prompts.positions[:, b, prompts.mask[b]]  # (3, P)
         P = len(prompt)
         after = prompt_positions.max() + 1 + place[keep]
-        ids.append(torch.cat([prompt, completions.ids[b, keep]]))
+        row = torch.cat([prompt, completions.ids[b, keep]])
+        ids.append(row)
         positions.append(torch.cat([prompt_positions, after.expand(3, -1)], 1))
         segments.append(torch.cat([torch.zeros_like(prompt), number[keep]]))
-        one_before = torch.arange(P - 1, len(ids[-1]) - 1)
+        one_before = torch.arange(P - 1, len(row) - 1)
         sources.append(torch.where(place[keep] == 0, P - 1, one_before))
     L = max(map(len, ids))
     return PackedRows(
@@ -434,7 +438,7 @@ def group_logprobs(
 
     The model needs attn_implementation="sdpa": eager attention misreads a boolean mask.
     """
-    vlm = base(model)  # vlm.model returns hidden states (B, L, width), vlm.lm_head their logits
+    vlm = unwrap(model)  # vlm.model returns hidden states (B, L, width), vlm.lm_head their logits
     packed = PackedRows(*(to_device(x, vlm.device) for x in pack(prompts, completions)))
     hidden = vlm.model(
         input_ids=packed.ids,
@@ -451,6 +455,7 @@ def group_logprobs(
         logprob, entropy = head_logprobs(vlm.lm_head, part, tokens, temperature, banned)
         logprobs.append(logprob)
         entropies.append(entropy)
+    # `targets` is in the order in which masked_scatter fills the places where mask is True.
     mask = to_device(completions.mask, vlm.device)
     zeros = torch.zeros(mask.shape, device=vlm.device)
     return (

@@ -5,7 +5,8 @@ A completion earns three rewards, which are added (the paper's reward functions)
     accuracy        SAM turns its box and points into a mask. The IoU of that mask with the true one
                     falls into tiers: 4, 3, 2 or 0
     think format    1 if it is one <think> block with text, one <answer> block, and nothing else
-    answer format   1 if the answer is JSON that holds a box and two points, good or bad ones
+    answer format   1 if the answer is JSON (or a Python literal) that holds a box and two points,
+                    whether they are good or not
 
 The file follows the data:
 
@@ -38,8 +39,8 @@ from segment_anything.modeling import PromptEncoder, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from plumbing.answers import numbers, points_asked, read_answer
+from plumbing.boxes import box_ious
 from plumbing.devices import half_precision, to_device
-from plumbing.rewards import box_ious
 
 # --------------------------------------------------------------------------------------------------
 # Text to numbers
@@ -54,16 +55,18 @@ class Answer(NamedTuple):
     box: tuple[float, ...] | None  # x1, y1, x2, y2 with x1 < x2 and y1 < y2
     points: tuple[tuple[float, ...], ...]  # the valid ones of the two, (x, y) each
     thought: str  # the reasoning, "" if there is none
-    others: tuple[tuple, ...] = ()  # box and points of each further object, where one may be listed
+    others: tuple[
+        tuple, ...
+    ] = ()  # box and points of each further object, if the prompt allows them
 
 
 def parse_answer(text: str, style: str = "full") -> Answer:
     """Read a completion. Never raises, and takes time linear in the length of the text.
 
     Each part is judged separately: SAM gets a valid box even if a point or the thought is missing.
-    A thought counts if each of its two tags occurs exactly once, in that order. The answer stands
-    between the last <answer> and the last </answer> of what follows it, or of the whole text if no
-    thought counts. It is JSON or a Python literal.
+    A thought counts if each of its two tags occurs exactly once, in that order. In what follows the
+    thought (in the whole text if no thought counts), the answer ends at the last </answer> and
+    starts at the last <answer> before that. It is JSON or a Python literal.
 
     The answer format is about form alone: the paper rewards JSON with a box and points, whatever
     their quality. So two equal points, and points outside of the box, are valid. Coordinates in
@@ -81,30 +84,31 @@ def parse_answer(text: str, style: str = "full") -> Answer:
     (True, False, (1.0, 2.0, 5.5, 6.0), ((3.0, 4.0),), 'the red one')
     """
     # Without exactly one thought the whole text is `rest`: its answer still prompts SAM, but earns
-    # no think format. `outside`, `before` and `after` are what stands around the two blocks.
-    outside = ""
+    # no think format. `before`, `between` and `after` are what stands around the two blocks.
+    before = ""
     thought = ""
     rest = text
-    once = text.count("<think>") == 1 and text.count("</think>") == 1
-    if once and text.index("<think>") < text.index("</think>"):
-        outside, _, rest = text.partition("<think>")
+    one_thought = text.count("<think>") == 1 and text.count("</think>") == 1
+    if one_thought and text.index("<think>") < text.index("</think>"):
+        before, _, rest = text.partition("<think>")
         thought, _, rest = rest.partition("</think>")
+    # Without a tag, rpartition returns the whole text as its last part.
     head, closing, after = rest.rpartition("</answer>")
-    before, opening, inside = head.rpartition("<answer>")
+    between, opening, inside = head.rpartition("<answer>")
     answered = bool(opening and closing)
     inside = inside if answered else ""
-    only_blocks = not (outside + before + after).strip()
+    only_blocks = not (before + between + after).strip()
     think_format = bool(thought.strip()) and answered and only_blocks
 
     if style in ("brief", "full"):
-        items, asked_form = read_answer(inside, loosely=answered)
+        items, asked_form = read_answer(inside)
     else:
         from plumbing import segzero  # only with these two styles
 
-        items, asked_form = segzero.read_answer(inside, style, text, loosely=answered)
+        items, asked_form = segzero.read_answer(inside, style, text)
     objects = [read_object(item, points_asked(style)) for item in items]
     valid = [one.asked_form and one.box is not None and None not in one.points for one in objects]
-    answer_format = asked_form and any(valid) and all(valid)  # all([]) is True
+    answer_format = asked_form and bool(valid) and all(valid)
     found = [(one.box, tuple(point for point in one.points if point)) for one in objects]
     found = [(box, points) for box, points in found if box or points]
     (box, points), *others = found or [(None, ())]
@@ -116,7 +120,7 @@ class AnsweredObject(NamedTuple):
 
     box: tuple[float, ...] | None  # None if it is missing or invalid
     points: list[tuple[float, ...] | None]  # as many as the prompt asks for
-    asked_form: bool  # the box and the points are lists of numbers
+    asked_form: bool  # each is a list of at least two elements: no tuple, no list in a list
 
 
 def read_object(item: dict, count: int = 2) -> AnsweredObject:
@@ -151,7 +155,7 @@ class SamPrompt(NamedTuple):
 
     @property
     def objects(self) -> tuple["SamPrompt", ...]:
-        """The prompt of each object that was answered with, almost always one."""
+        """One prompt for each object in the answer, almost always one."""
         return (self, *self.others)
 
 
@@ -178,9 +182,11 @@ def sam_prompt(answer: Answer, extent: float, width: int, height: int) -> SamPro
             box = None
     points = ((x * to_x, y * to_y) for x, y in answer.points)
     inside = tuple((x, y) for x, y in points if 0 <= x <= width and 0 <= y <= height)
-    others = (answer._replace(box=box, points=points, others=()) for box, points in answer.others)
-    prompts = tuple(sam_prompt(other, extent, width, height) for other in others)
-    return SamPrompt(box, inside, prompts)
+    others = []
+    for other_box, other_points in answer.others:
+        other = answer._replace(box=other_box, points=other_points, others=())
+        others.append(sam_prompt(other, extent, width, height))
+    return SamPrompt(box, inside, tuple(others))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,12 +212,12 @@ def embed_prompts(
     """Sparse embeddings, (N, tokens, C), of boxes (N, 4) and foreground points (N, K, 2).
 
     The same as `PromptEncoder.forward`, which selects points by label with boolean masks. Each such
-    mask makes the host wait for the GPU. Here all labels are known. Points without a box are
+    mask makes the CPU wait for the GPU. Here all labels are known. Points without a box are
     followed by one "not a point" token, as in SAM's training.
     """
     tokens = []
     if points is not None:
-        centres = points + 0.5  # SAM takes the centre of a pixel
+        centres = points + 0.5  # as SamPredictor; `_embed_boxes` adds it to the corners
         position = encoder.pe_layer.forward_with_coords(centres, encoder.input_image_size)
         tokens.append(position + encoder.point_embeddings[1].weight)  # 1: foreground
         if boxes is None:
@@ -259,7 +265,8 @@ def upsample_masks(
 ) -> torch.Tensor:
     """Bring the logits of G masks, (G, 4h, 4w), to the size (H, W) of their image: (G, H, W).
 
-    side: of the padded square that the encoder saw, pixels; input_size: (h, w) of the image in it.
+    side: of the padded square that the encoder saw, pixels; input_size: (height, width) of the
+    resized image in that square.
     The same as `Sam.postprocess_masks`: bilinear to the square, crop the padding, bilinear to the
     image. Here most of the padding is cropped before the first step, which saves time: a quarter of
     the square is padding for a 4:3 photograph. Two rows and columns of it stay, because
@@ -267,8 +274,8 @@ def upsample_masks(
     """
     factor = side // logits.shape[-1]  # 4 for an official SAM
     height, width = input_size
-    near = logits[:, None, : height // factor + 2, : width // factor + 2]
-    square = F.interpolate(near, scale_factor=factor, mode="bilinear")[..., :height, :width]
+    cropped = logits[:, None, : height // factor + 2, : width // factor + 2]
+    square = F.interpolate(cropped, scale_factor=factor, mode="bilinear")[..., :height, :width]
     return F.interpolate(square, size, mode="bilinear")[:, 0]
 
 
@@ -362,7 +369,7 @@ DECODER_BYTES = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
 class SamScorer:
     """A frozen segmenter that scores all completions of a step at once.
 
-    Each image is encoded once, however many completions are about it. Prompts that hold the same
+    Each image is encoded once, however many completions are about it. Prompts of the same form
     (a box and two points, a box only, ...) are decoded together, across images. Only the mask that
     the model itself rates best of its three is brought to full size. The masks are those of the
     model's own predictor for the same prompt: `SamPredictor`, or that of transformers.
@@ -397,7 +404,7 @@ class SamScorer:
         for b, sample in enumerate(samples):  # one by one: every image has its own size
             # One mask for each object of the G prompts, almost always one a prompt. Bring them to
             # full size, and unite those of the same prompt.
-            full = self.sam.upsample(logits[b], sample.mask.shape)
+            full = self.sam.upsample(logits[b], sample.mask.shape)  # (objects, H, W)
             parts = (full > self.sam.mask_threshold).split([len(p.objects) for p in prompts[b]])
             mask = torch.stack([part.any(0) for part in parts])  # (G, H, W)
             truth = self._to_device(torch.from_numpy(sample.mask))
@@ -431,7 +438,8 @@ class SamScorer:
         batches = []
         for start in range(0, len(images), self.encoder_batch):
             batch = [self._to_device(p) for p in pixels[start : start + self.encoder_batch]]
-            with torch.autocast(self.device.type, half, self.device.type == "cuda"):
+            on_gpu = self.device.type == "cuda"
+            with torch.autocast(self.device.type, dtype=half, enabled=on_gpu):
                 batches.append(self.sam.encode(batch))
         levels = [torch.cat(level).float() for level in zip(*batches, strict=True)]
         return levels, torch.stack(factors)
@@ -453,22 +461,24 @@ class SamScorer:
         at_once = max(1, DECODER_BYTES[self.device.type] // largest)
         # Group prompts by what they hold. Padding a missing point beside a box would change the
         # mask, because SAM was not trained on that.
-        groups: dict[tuple[bool, int], list[int]] = {}
+        by_form: dict[tuple[bool, int], list[int]] = {}
         for k, prompt in enumerate(prompts):
-            groups.setdefault((prompt.box is not None, len(prompt.points)), []).append(k)
-        groups.pop((False, 0), None)  # nothing to decode: the mask stays empty
-        for (has_box, point_count), members in groups.items():
+            by_form.setdefault((prompt.box is not None, len(prompt.points)), []).append(k)
+        by_form.pop((False, 0), None)  # nothing to decode: the mask stays empty
+        for (has_box, point_count), members in by_form.items():
             for prompt_index in torch.tensor(members).split(at_once):
                 image_index = image_of[prompt_index]
-                chosen = [prompts[k] for k in prompt_index.tolist()]  # N prompts
-                factor = factors[image_index]  # (N, 2)
+                chosen = [prompts[k] for k in prompt_index.tolist()]  # the n prompts of this call
+                factor = factors[image_index]  # (n, 2)
                 boxes = points = None
                 if has_box:
                     boxes = torch.tensor([p.box for p in chosen], dtype=torch.float64)
-                    boxes = self._to_device((boxes * factor.repeat(1, 2)).float())  # (N, 4)
+                    boxes = boxes * factor.repeat(1, 2)  # (n, 4): x, y, x, y
+                    boxes = self._to_device(boxes.float())
                 if point_count:
                     points = torch.tensor([p.points for p in chosen], dtype=torch.float64)
-                    points = self._to_device((points * factor[:, None]).float())  # (N, K, 2)
+                    points = points * factor[:, None]  # (n, K, 2)
+                    points = self._to_device(points.float())
                 image_index = self._to_device(image_index)
                 logits, ratings = self.sam.decode(embeddings, image_index, boxes, points)
                 row = torch.arange(len(chosen), device=self.device)
@@ -517,16 +527,16 @@ def accuracy_reward(iou: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 class Scores(NamedTuple):
-    """Rewards of B x G completions and their parts. Tensors (B, G) float32 on the CPU."""
+    """Rewards of B x G completions and their parts. The tensors are (B, G) float32, on the CPU."""
 
     reward: torch.Tensor  # the sum of the next three, 0 to 6
     accuracy: torch.Tensor
     think_format: torch.Tensor
     answer_format: torch.Tensor
     iou: torch.Tensor
-    answers: list[list[Answer]]
-    prompts: list[list[SamPrompt]]
-    overlap: Overlap
+    answers: list[list[Answer]]  # B lists of G
+    prompts: list[list[SamPrompt]]  # the same, in image pixels
+    overlap: Overlap  # on the scorer's device
 
 
 def score_completions(
@@ -555,7 +565,7 @@ def score_completions(
         for sample, group in zip(samples, answers, strict=True)
     ]
     overlap = scorer.score(samples, prompts, keep_masks)
-    iou = torch.where(overlap.prompted, overlap.iou, 0.0).cpu()  # here the host waits for the GPU
+    iou = torch.where(overlap.prompted, overlap.iou, 0.0).cpu()  # here the CPU waits for the GPU
     if accuracy == "box":
         earned = tiered_reward(box_ious(samples, prompts))
     elif accuracy.startswith("segzero"):

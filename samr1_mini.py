@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data import BadSample, Sample
 from grpo import Completions, group_advantages, group_logprobs, grpo_loss, rollout
-from plumbing import intervals, pictures, rewards, runs, scenes
+from plumbing import boxes, intervals, pictures, runs, scenes
 from plumbing.answers import points_asked
 from plumbing.decoding import StaticDecoder
 from plumbing.devices import clipped_step
@@ -65,10 +65,11 @@ def load_scorer(s, device: torch.device) -> SamScorer:
     """The frozen SAM that the settings name. The encoder of an official SAM takes one image at a
     time, which already fills a GPU. The tiny one takes eight."""
     encoder_batch = 8 if s.sam == "tiny" else 1
-    return SamScorer(load_sam(s.sam), device, encoder_batch, offload=s.save_memory >= 3)
+    in_host_memory = s.save_memory >= 3
+    return SamScorer(load_sam(s.sam), device, encoder_batch, offload=in_host_memory)
 
 
-def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bool = False):
+def add_lora(model: torch.nn.Module, rank: int, seed: int, recompute_layers: bool = False):
     """Put an untrained adapter of scale alpha / rank = 2 on the language model's linear layers.
 
     The base model stays frozen. With the adapter switched off it is the reference policy.
@@ -80,7 +81,7 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bo
         r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, lora)
-    if checkpoint_layers:
+    if recompute_layers:  # in the backward pass, to save memory
         layers = model.get_base_model().model.language_model
         layers.activation_checkpointing_enable({"use_reentrant": False})
     return model.eval()
@@ -89,7 +90,7 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, checkpoint_layers: bo
 def load_trainable_policy(s: Settings) -> Policy:
     """The policy with an adapter to train: a new one, or with the weights of --adapter."""
     policy = load_policy(s)
-    policy.model = add_lora(policy.model, s.lora_rank, s.seed, checkpoint_layers=s.save_memory >= 2)
+    policy.model = add_lora(policy.model, s.lora_rank, s.seed, recompute_layers=s.save_memory >= 2)
     if s.adapter != "none" and not s.resume:  # a checkpoint has its own weights
         from plumbing.foreign import continue_adapter  # only with this setting
 
@@ -171,7 +172,7 @@ def train(s: Settings) -> None:
         lr = set_learning_rate(optimizer, s, step)
 
         # 1. Rollout: G completions for each of B prompts.
-        chosen = runs.indices(step, s.prompts_per_step, len(samples), s.seed)
+        chosen = runs.indices(step, count=s.prompts_per_step, n=len(samples), seed=s.seed)
         batch, skipped = runs.load_samples(samples, chosen)  # B samples
         prompts = policy.read(batch)  # ids (B, P); the vision tower runs only here
         completions = sample_completions(policy, prompts, s, generator)  # ids (B, G, T)
@@ -190,7 +191,7 @@ def train(s: Settings) -> None:
         advantages = group_advantages(scores.reward)  # (B, G)
         timer.end("reward")
 
-        # 3. Log-probs that stay fixed during the updates, (B, G, T) each.
+        # 3. Log-probs to compare with, (B, G, T) each. `update` fills in what is NaN in `old`.
         old, reference = fixed_logprobs(policy, prompts, completions, s)
         timer.end("logprobs")
 
@@ -234,7 +235,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, s: Settings, step: int) 
     return lr
 
 
-def logprobs(policy: Policy, prompts: Prompts, completions: Completions, s: Settings):
+def completion_logprobs(
+    policy: Policy, prompts: Prompts, completions: Completions, s: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of the completions, (B, G, T) each, under the policy as it is now."""
     return group_logprobs(policy.model, prompts, completions, policy.banned, s.temperature)
 
@@ -260,13 +263,14 @@ def fixed_logprobs(policy: Policy, prompts: Prompts, completions: Completions, s
     for rows in slices(
         s.prompts_per_step // s.minibatches, s.prompts_per_step, prompts_per_pass(s)
     ):
-        old[rows] = logprobs(policy, prompts[rows], completions[rows], s)[0]
+        old[rows], _ = completion_logprobs(policy, prompts[rows], completions[rows], s)
     if s.beta == 0:
         return old, None
     reference = []
     with policy.model.disable_adapter():
         for rows in slices(0, s.prompts_per_step, prompts_per_pass(s)):
-            reference.append(logprobs(policy, prompts[rows], completions[rows], s)[0])
+            logprobs, _ = completion_logprobs(policy, prompts[rows], completions[rows], s)
+            reference.append(logprobs)
     return old, torch.cat(reference)
 
 
@@ -283,9 +287,9 @@ def update(
     """Update the adapter. Returns `grpo.clip_side` of each token, (B, G, T), in the last epoch, and
     statistics to log.
 
-    advantages (B, G); old, reference: of `fixed_logprobs`; `old` is completed here. A mini-batch
-    is computed in one or more passes of b prompts (`prompts_per_pass`), whose gradients add up. The
-    result does not depend on how many passes there are.
+    advantages: (B, G). old, reference: of `fixed_logprobs`, (B, G, T) each; what is NaN in `old` is
+    filled in. A mini-batch is computed in one or more passes of b prompts (`prompts_per_pass`),
+    whose gradients add up. The result does not depend on how many passes there are.
     """
     policy.model.train()  # only for gradient checkpointing: there is no dropout
     mask = completions.mask.to(policy.device)
@@ -295,8 +299,9 @@ def update(
     minibatches = slices(0, s.prompts_per_step, s.prompts_per_step // s.minibatches)
     for number, minibatch in enumerate(minibatches * s.epochs):
         for rows in slices(minibatch.start, minibatch.stop, prompts_per_pass(s)):
-            new, entropy = logprobs(policy, prompts[rows], completions[rows], s)  # (b, G, T)
-            if number == 0:  # the policy is still the one that sampled: every ratio is 1
+            # (b, G, T) each
+            new, entropy = completion_logprobs(policy, prompts[rows], completions[rows], s)
+            if number == 0:  # no update yet: the policy is the one that sampled, every ratio is 1
                 old[rows] = new.detach()
             loss, statistics, clip_sides[rows] = grpo_loss(
                 new,
@@ -308,7 +313,8 @@ def update(
                 beta=s.beta,
                 normalise=s.normalise,
             )
-            # The loss is a mean over this pass. Weight it by the pass's share of the mini-batch.
+            # The loss is a mean over the prompts of this pass: weight it by their share of the
+            # mini-batch. The statistics are means over its tokens: weight them by their number.
             share = (rows.stop - rows.start) * s.minibatches / s.prompts_per_step
             policy.scaler.scale(loss * share).backward()
             tokens = mask[rows].sum()
@@ -321,7 +327,7 @@ def update(
     means["grad_norm"] = torch.stack(norms).mean()
     values = torch.stack(list(means.values())).tolist()  # one wait for the GPU, not one for each
     statistics = dict(zip(means, values, strict=True))
-    skips = policy.scaler.is_enabled()  # it skips an update of which the gradient overflowed
+    skips = policy.scaler.is_enabled()  # it skips an update whose gradient overflowed
     for name, value in statistics.items():
         if not math.isfinite(value) and not (name == "grad_norm" and skips):
             raise UserError(
@@ -332,9 +338,12 @@ def update(
 
 
 def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metrics) -> None:
-    """Sample a group for the same held-out samples each time, and write what a run logs."""
+    """Complete the first held-out queries, and write the pictures, rollouts and curves of a step.
+
+    logged: `pictures.record_rollouts` of training prompts. metrics: the rows of metrics.jsonl.
+    """
     batch, _ = runs.load_samples(heldout, list(range(min(4, len(heldout)))))
-    generator = torch.Generator(policy.device).manual_seed(0)  # its own: logging changes nothing
+    generator = torch.Generator(policy.device).manual_seed(0)  # not that of training
     completions = sample_completions(policy, policy.read(batch), s, generator)
     texts = policy.texts(completions)
     scores = score_completions(
@@ -362,8 +371,9 @@ def evaluate_batch(
     that begin with "ceiling_"); and the policy's box without its points ("boxonly_"). Boxes and
     points are in image pixels, intersection and union in pixels.
 
-    recount: None, or a function of a row, its three masks, its sample and its `Answer` that returns
-             columns in their place. `eval` counts in two ways, see plumbing/evaluation.py.
+    recount: None, or a function of a row, its masks (3, H, W), its sample and its `Answer`. The
+             columns that it returns replace those of the same name. `eval` counts in two ways, see
+             plumbing/evaluation.py.
     """
     completions = sample_completions(policy, policy.read(batch), s, greedy=True)
     texts = [group[0] for group in policy.texts(completions)]
@@ -371,14 +381,14 @@ def evaluate_batch(
     prompts = []
     for one, answer in zip(batch, answers, strict=True):
         ours = sam_prompt(answer, policy.extent, *one.image.size)
-        ceiling = SamPrompt(rewards.true_box(one.mask), scenes.interior_points(one.mask))
-        boxes = tuple(SamPrompt(other.box, ()) for other in ours.others)
-        box_only = SamPrompt(ours.box, (), boxes)
-        prompts.append([ours, ceiling, box_only])
+        ceiling = SamPrompt(boxes.true_box(one.mask), scenes.interior_points(one.mask))
+        others = tuple(SamPrompt(other.box, ()) for other in ours.others)
+        box_only = SamPrompt(ours.box, (), others)
+        prompts.append([ours, ceiling, box_only])  # in the order of intervals.PREFIXES
     overlap = scorer.score(batch, prompts, keep_masks=recount is not None)
     # (B, 3) each; one wait for the GPU, not one for each number
     counts = {name: getattr(overlap, name).tolist() for name in ("intersection", "union", "iou")}
-    box_ious = rewards.box_ious(batch, prompts).tolist()
+    box_ious = boxes.box_ious(batch, prompts).tolist()
     asked = points_asked(policy.prompt)
     rows = []
     for b, (one, answer) in enumerate(zip(batch, answers, strict=True)):
@@ -398,7 +408,9 @@ def evaluate_batch(
         for k, prefix in enumerate(intervals.PREFIXES):
             for name, values in counts.items():
                 row[prefix + name] = values[b][k]
-        rows.append(row | (recount(row, overlap.masks[b], one, answer) if recount else {}))
+        if recount:
+            row |= recount(row, overlap.masks[b], one, answer)
+        rows.append(row)
     return rows
 
 
@@ -433,12 +445,13 @@ def evaluate(policy, scorer, dataset, s, count: int, title: str, answers=None) -
 
 
 def compute_metrics(rows: list[dict], prefix: str = "") -> dict[str, float]:
-    """The paper's metrics over the rows of `evaluate`; with prefix "ceiling_" those of the ceiling.
+    """gIoU and cIoU as in the paper, and metrics of ours, over the rows of `evaluate`. With prefix
+    "ceiling_" gIoU and cIoU of the ceiling.
 
-    giou: mean IoU of the samples. ciou: summed intersection / summed union. format: share of valid
-    answers. box: share of boxes with IoU above 0.5. points: share of points in the true mask.
-    boxonly: mean IoU of the masks that SAM makes of the box without the points. giou_95, ciou_95:
-    the intervals of plumbing/intervals.py.
+    giou: mean IoU of the samples. ciou: summed intersection / summed union. format: share with
+    both formats right. box: share of boxes with IoU above 0.5. points: share of points in the true
+    mask. boxonly: mean IoU of the masks that SAM makes of the box without the points. giou_95,
+    ciou_95: the intervals of plumbing/intervals.py.
 
     >>> row = {"iou": 0.5, "intersection": 10, "union": 20, "format": True, "box_iou": 0.6}
     >>> row |= {"points_inside": 0.5, "boxonly_iou": 0.2}
@@ -473,7 +486,8 @@ def evaluate_adapter(s) -> None:
     from plumbing import evaluation  # not for training
 
     heldout = load_data(s.data, "heldout")
-    count = min(s.limit or (EVAL_SAMPLES if s.data == "shapes" else len(heldout)), len(heldout))
+    everything = EVAL_SAMPLES if s.data == "shapes" else len(heldout)
+    count = min(s.limit or everything, len(heldout))  # limit 0: no limit
     other = evaluation.read_other(s.against, count)
     policy = load_policy(s, s.adapter)
     scorer = load_scorer(s, policy.device)

@@ -27,7 +27,7 @@ from benchmarks import meter
 from benchmarks.meter import DEVICE
 from benchmarks.random_models import tiny_processor
 from grpo import Completions, group_logprobs
-from plumbing.vlm import Prompts, base, encode_prompts
+from plumbing.vlm import Prompts, encode_prompts, unwrap
 from samr1_mini import add_lora
 from tools.published import published_config
 
@@ -64,13 +64,13 @@ def build(part: str):
 def make_case(model, G: int, side: int, text: int, R: int):
     """A prompt with an image and `text` more tokens, G random completions of R tokens, and the
     weights (1, G, R) of their log-probs in the loss."""
-    processor = tiny_processor(base(model).config)
+    processor = tiny_processor(unwrap(model).config)
     image = Image.effect_noise((side, side), 50).convert("RGB")
     words = processor.image_token + text * "\n"  # a line break is a token
     inputs = processor(text=[words], images=[image], return_tensors="pt")
     torch.manual_seed(1)
     special = len(processor.tokenizer.all_special_ids)  # they come first
-    tokens = torch.randint(special, base(model).lm_head.out_features, (1, G, R))
+    tokens = torch.randint(special, unwrap(model).lm_head.out_features, (1, G, R))
     completions = Completions(tokens, torch.ones_like(tokens).bool())
     return encode_prompts(model, inputs), completions, torch.randn(1, G, R).to(DEVICE)
 
@@ -85,7 +85,7 @@ def plain_logprobs(model, prompts: Prompts, ids: torch.Tensor) -> torch.Tensor:
     if N > 1:
         features = list(prompts.vision.pooler_output) * N
         vision = BaseModelOutputWithPooling(pooler_output=features)
-    logits = base(model)(
+    logits = unwrap(model)(
         input_ids=torch.cat([prompts.ids.expand(N, -1), ids], 1).to(DEVICE),
         position_ids=torch.cat(positions, 2).to(DEVICE),
         mm_encoder_outputs={"image": vision},

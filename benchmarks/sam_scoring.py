@@ -29,7 +29,7 @@ from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processo
 from benchmarks import meter
 from benchmarks.meter import DEVICE
 from data import Sample, Shapes
-from plumbing.rewards import true_box
+from plumbing.boxes import true_box
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.transformers_sam import TransformersSam
 from reward import SamPrompt, SamScorer

@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 import samr1_mini
 from data import Sample, Shapes
 from plumbing import pictures
+from plumbing.boxes import box_ious
 from plumbing.errors import exit_with_one_line
-from plumbing.rewards import box_ious
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
 from plumbing.scenes import Thing, points_inside, taught_thought

@@ -5,7 +5,7 @@ import json
 import re
 import warnings
 
-LONGEST_ANSWER = 2000  # characters; a box and two points need about 100. Longer ones are not parsed
+LONGEST_ANSWER = 2000  # characters; a box and two points need about 100
 LARGEST_NUMBER = 1e6  # larger coordinates (and NaN, infinity) are invalid: no image is that wide
 
 # A literal with an odd escape is still read. Filter this once: `warnings.catch_warnings` around
@@ -64,12 +64,11 @@ def read_loosely(text: str, brackets: str, longest: int = LONGEST_ANSWER) -> obj
     return None
 
 
-def read_answer(inside: str, loosely: bool = True) -> tuple[list[dict], bool]:
+def read_answer(inside: str) -> tuple[list[dict], bool]:
     """The object that an answer holds, in a list, and whether the answer has the asked form, JSON.
 
-    inside:  what stands in <answer>.
-    loosely: what is not of this form is read all the same if it is clear what it says, see
-             `read_loosely`. Two objects are not. What cannot be read is an object without keys.
+    inside: what stands in <answer>. If it is not one object, it is searched for one, see
+            `read_loosely`. If none is found, the object has no keys.
 
     `plumbing.segzero.read_answer` does this for prompts of other systems, which may be answered
     with several objects.
@@ -80,13 +79,12 @@ def read_answer(inside: str, loosely: bool = True) -> tuple[list[dict], bool]:
     data = read_literal(inside)
     if isinstance(data, dict):
         return [data], True
-    if loosely:
-        data = read_loosely(inside, "{}")
+    data = read_loosely(inside, "{}")
     return [data if isinstance(data, dict) else {}], False
 
 
 def numbers(value: object, count: int) -> tuple[float, ...] | None:
-    """`value` as floats if it is a list or tuple of `count` finite numbers, else None.
+    """`value` as floats if it is a list or tuple of `count` numbers within LARGEST_NUMBER, or None.
 
     It may be the only element of another list. True is no number.
     """

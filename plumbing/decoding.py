@@ -24,7 +24,7 @@ class StaticDecoder:
     def __init__(self, vlm, prefilled: Cache, prompts: Prompts, G: int, max_new_tokens: int):
         B, P = prompts.ids.shape
         device = vlm.device
-        length = -(-(P + max_new_tokens) // BLOCK) * BLOCK  # // rounds down, -(-x // B) up
+        length = -(-(P + max_new_tokens) // BLOCK) * BLOCK  # rounded up to a multiple
         self.vlm = vlm
         self.cache = StaticCache(vlm.config, length)
         for static, grown in zip(self.cache.layers, prefilled.layers, strict=True):

@@ -1,13 +1,13 @@
 """evaluation.py - what only `eval` and `segment` do: protocols, --against, figures of answers.
 
-There are two protocols to count an evaluation. The mask of an answer is the same under both:
+There are two ways to count, called protocols. The mask of an answer is the same under both:
 
     lisa     LISA's metric. Ignored pixels count neither in the intersection nor in the union. SAM
              gets whatever part of an answer is valid. An image whose union is empty has IoU 1.
-    segzero  Seg-Zero's evaluation. Ignored pixels are target. An answer without a valid box and all
-             of its points has IoU 0. So has an image whose union is empty.
+    segzero  Seg-Zero's evaluation. Ignored pixels are target. IoU is 0 unless the answer has a
+             valid box and as many valid points as were asked for, or if the union is empty.
 
-Of an answer that lists several objects, the masks are united. One valid object is enough for
+The masks of all objects in an answer are united. One valid object is enough for
 segzero. The columns box, points, box_iou and points_inside are about the first one alone. Answers
 are greedy under both. ReasonSeg is the only set with ignored pixels.
 """
@@ -94,7 +94,7 @@ def metrics(rows: list[dict], compute_metrics, trained: str, s) -> dict[str, dic
 def print_protocols(metrics: dict, rows: list[dict], s) -> None:
     """Print what a table of metrics counts, and the paper's figures if they are comparable.
 
-    metrics: those of the policy in `metrics`. rows: of `samr1_mini.evaluate`.
+    metrics: the policy's, from the result of `metrics`. rows: of `samr1_mini.evaluate`.
     """
     for name in protocols(s):
         figures = f"gIoU {metrics[f'{name}_giou']:.3f}, cIoU {metrics[f'{name}_ciou']:.3f}"

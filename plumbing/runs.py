@@ -71,11 +71,12 @@ def whole_file(path: Path):
             temporary.unlink(missing_ok=True)
 
 
+# The keys and types that `has_form` requires of metrics.jsonl, eval.json and answers.jsonl.
 NUMBER = int | float
 METRICS = {"step": int} | dict.fromkeys(("reward", "iou", "clip_low", "clip_high"), NUMBER)
 RESULTS = {row: {"giou": NUMBER, "ciou": NUMBER, "n": int} for row in ("before", "ceiling")}
 ANSWER = {"format": bool, "box_iou": NUMBER, "points_inside": NUMBER}
-for prefix in ("", "ceiling_", "boxonly_"):
+for prefix in intervals.PREFIXES:
     ANSWER |= {prefix + name: NUMBER for name in ("iou", "intersection", "union")}
 
 
@@ -296,7 +297,7 @@ true box and two good points.
 
 
 def indices(step: int, count: int, n: int, seed: int) -> list[int]:
-    """Which `count` of n samples a step takes. Every epoch has its own order.
+    """Which `count` of n samples a step takes. Every round through the data has its own order.
 
     The result depends on the arguments alone, so a resumed run continues with the right samples.
     """

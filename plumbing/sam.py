@@ -83,7 +83,7 @@ def build_sam(
     return sam.eval().requires_grad_(False)
 
 
-def load_sam(spec: str) -> modeling.Sam:
+def load_sam(spec: str) -> torch.nn.Module:
     """Build the SAM that `spec` names and load its weights: frozen, float32, on the CPU.
 
     spec: "tiny" (part of this repository), or "vit_b:FILE", "vit_l:FILE", "vit_h:FILE" with an

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from plumbing.answers import LONGEST_ANSWER, read_literal, read_loosely
-from plumbing.rewards import box_ious, true_box
+from plumbing.boxes import box_ious, true_box
 from plumbing.scenes import interior_points, points_inside
 
 SEGZERO = """Find in this image: {query}
@@ -42,7 +42,7 @@ STRIPPED = {"segzero": ".", "visionreasoner": '."?!'}
 
 
 def plain_query(query: str, style: str) -> str:
-    """A query as the evaluation of its system asks it: in lower case, without its closing sign.
+    """A query as the evaluation of its system asks it: in lower case, without STRIPPED at its ends.
 
     >>> plain_query("What keeps the rain off?", "segzero"), plain_query("The cup.", "segzero")
     ('what keeps the rain off?', 'the cup')
@@ -52,9 +52,7 @@ def plain_query(query: str, style: str) -> str:
     return query.lower().strip(STRIPPED[style])
 
 
-def read_answer(
-    inside: str, style: str, text: str, loosely: bool = True
-) -> tuple[list[dict], bool]:
+def read_answer(inside: str, style: str, text: str) -> tuple[list[dict], bool]:
     """The same as `plumbing.answers.read_answer` for "segzero" and "visionreasoner".
 
     text: the whole completion. The objects get the keys of our own prompt.
@@ -70,7 +68,7 @@ def read_answer(
     kind = list if listed else dict
     data = read_literal(inside, longest)
     asked_form = isinstance(data, kind)
-    if loosely and not isinstance(data, dict | kind):
+    if not isinstance(data, dict | kind):
         data = read_loosely(inside, "[]" if listed else "{}", longest)
     if listed:
         items = data if isinstance(data, list) else [data]
@@ -86,8 +84,8 @@ def read_answer(
 
 
 def rename_keys(item: dict) -> dict:
-    """An object with our keys for the first ones that contain "bbox" and "point", and with floats
-    in place of texts, as in Seg-Zero's evaluation.
+    """An object with our keys for the first ones that contain "bbox" and "point" (those with
+    "points" first), and with floats in place of texts, as in Seg-Zero's evaluation.
 
     >>> rename_keys({"Bbox": ["1", 2, 5, 6], "point_count": 2, "points_1": [3, 4]})
     {'bbox': [1.0, 2, 5, 6], 'points_1': [3, 4], 'points_2': 2}
@@ -112,7 +110,8 @@ def unquote(value: object, depth: int = 2) -> object:
 
 
 def first_braces(text: str) -> str:
-    """The first {...} of a text, braces included, or "". It ends at the first closing brace.
+    """The first {...} of a text that is not empty, braces included, or "". It ends at the first
+    closing brace.
 
     >>> first_braces('the <{}> box {"bbox": [1, 2, 5, 6]} or {"bbox": [3, 4, 7, 8]}')
     '{"bbox": [1, 2, 5, 6]}'
@@ -130,14 +129,15 @@ def segzero_reward(
 
     box IoU above 0.5; mean L1 distance of the box's coordinates below 10 pixels; both points in the
     true box and, on average, within 100 pixels of two labelled points. Pixels are those of an
-    840 x 840 image. A smaller policy image is coarser: there the 10 are two of its pixels.
+    840 x 840 image. If two pixels of the policy's image are more than 10 of these, they are the
+    limit.
 
     prompts: B lists of G `reward.SamPrompt`, in image pixels.
     extent:  of `reward.sam_prompt`.
     in_mask: a stronger label, each point must lie in the true mask. The labelled points are
              `interior_points` of the true mask.
     """
-    nearest = max(10, 2 * 840 / extent)
+    tolerance = max(10, 2 * 840 / extent)
     reward = (box_ious(samples, prompts) > 0.5).float()
     for b, (sample, group) in enumerate(zip(samples, prompts, strict=True)):
         truth = true_box(sample.mask)
@@ -145,7 +145,7 @@ def segzero_reward(
             if truth is not None and prompt.box is not None:
                 size = np.array(sample.image.size)
                 distance = np.abs(np.subtract(prompt.box, truth)) * np.tile(840 / size, 2)
-                reward[b, g] += bool(distance.mean() < nearest)
+                reward[b, g] += bool(distance.mean() < tolerance)
                 reward[b, g] += good_points(prompt.points, sample.mask, truth, in_mask)
     return reward * 4 / 3
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from plumbing.errors import UserError
-from plumbing.rewards import ACCURACY
 
 PRESETS = ("tiny", "qwen2b", "qwen3b", "qwen7b")
+# Accuracy rewards: names of `reward.accuracy_reward`, then rewards to compare it with. "box"
+# is the paper's tiers on the IoU of the boxes. The others are Seg-Zero's, see plumbing/segzero.py.
+ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
 
 
 def setting(default, meaning: str, choices: tuple = ()):
@@ -48,7 +50,7 @@ class Models:
     prompt: str = setting(
         "brief",
         "full explains the task; brief is the query only, for a model that knows the task; segzero "
-        "and visionreasoner ask as their checkpoints were trained, in other words",
+        "and visionreasoner: for the public checkpoints of these systems, in our own wording",
         ("full", "brief", "segzero", "visionreasoner"),
     )
     max_new_tokens: int = setting(48, "longest completion, tokens; the tiny model needs 30")
@@ -80,9 +82,7 @@ class Rollouts:
     seed: int = setting(0, "seed of the adapter's weights, the order of samples, and sampling")
     prompts_per_step: int = setting(8, "B, prompts in a step. *Assumed*: the paper does not say")
     group_size: int = setting(8, "G, completions for each prompt. Paper: 8")
-    temperature: float = setting(
-        1.0, "of sampling. *Assumed*; at 1 the policy is trained as it is sampled"
-    )
+    temperature: float = setting(1.0, "of sampling and of the log-probs. *Assumed*")
     accuracy: str = setting(
         "tiered",
         "accuracy reward: tiered (paper), 4 above a fixed IoU, or 4 x the IoU (Table 3); also, "
@@ -104,9 +104,9 @@ class Objective:
         ("token", "sequence"),
     )
     steps: int = setting(200, "rollouts to learn from; the tiny model has levelled off by then")
-    epochs: int = setting(2, "passes over the completions of a step. *Assumed*")
+    epochs: int = setting(2, "how often a step goes over its completions. *Assumed*")
     minibatches: int = setting(
-        2, "updates in a pass, each on its share of the prompts. *Assumed*; one clips nothing"
+        2, "updates in an epoch, each on its share of the prompts. *Assumed*; one clips nothing"
     )
     lr: float = setting(
         1e-3, "learning rate of AdamW. Paper: 1e-6 for full fine-tuning. It decays linearly"

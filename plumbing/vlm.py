@@ -36,8 +36,8 @@ class Prompts:
         return Prompts(self.ids[rows], self.mask[rows], self.positions[:, rows], vision)
 
 
-def base(model: torch.nn.Module) -> torch.nn.Module:
-    """The VLM inside a peft wrapper, with its LoRA layers in place, or the model itself."""
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The VLM inside a peft wrapper, or the model itself. Its LoRA layers stay active."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -49,7 +49,7 @@ def encode_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> P
             memory. It must hold `mm_token_type_ids`: without them Qwen2.5-VL silently uses
             one-dimensional positions.
     """
-    inner = base(model).model
+    inner = unwrap(model).model
     pixels = inputs["pixel_values"].to(inner.device)
     grid = inputs["image_grid_thw"].to(inner.device)
     vision = inner.get_image_features(pixels, grid, return_dict=True)
@@ -197,7 +197,7 @@ def load_vlm(
         from plumbing.foreign import load_adapter  # only with this setting
 
         model = load_adapter(model, adapter)
-    ends = base(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    ends = unwrap(model).generation_config.eos_token_id or processor.tokenizer.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends
     if max(ends) >= len(processor.tokenizer):  # completions would never end
         raise UserError(f"--vlm {name}: its generation_config.json is of another model: {ends}")

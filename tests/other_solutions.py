@@ -17,9 +17,7 @@ around += rest[:start] + rest[end + len("</answer>") :] if answered else ""
 from plumbing import segzero
 
 others = style in segzero.REQUESTS
-items, good = (
-    segzero.read_answer(inside, style, text, answered) if others else read_answer(inside, answered)
-)
+items, good = segzero.read_answer(inside, style, text) if others else read_answer(inside)
 objects = []
 for item in items:
     one = read_object(item, points_asked(style))
@@ -104,7 +102,7 @@ side[(advantages < 0) & (1 - ratio > eps_low)] = -1
 return side
 """,
     "rollout": """
-vlm = base(model)
+vlm = unwrap(model)
 first = vlm(
     input_ids=prompts.ids.to(vlm.device),
     attention_mask=prompts.mask.to(vlm.device),
@@ -159,7 +157,7 @@ query, key = segments.unsqueeze(2), segments.unsqueeze(1)
 return past & ((key == 0) | (key == query))
 """,
     "group_logprobs": """
-vlm = base(model)
+vlm = unwrap(model)
 packed = PackedRows(*(x.to(vlm.device) for x in pack(prompts, completions)))
 states = vlm.model(
     input_ids=packed.ids,

@@ -21,7 +21,7 @@ from segment_anything import sam_model_registry
 
 import samr1_mini
 from data import Shapes
-from plumbing.rewards import true_box
+from plumbing.boxes import true_box
 from plumbing.sam import SAM_SIZES, build_sam, load_sam
 from plumbing.scenes import interior_points
 from plumbing.sources import load_data

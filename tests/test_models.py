@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import samr1_mini
 from data import Shapes, messages
 from grpo import Completions, group_logprobs
-from plumbing.rewards import true_box
+from plumbing.boxes import true_box
 from plumbing.scenes import interior_points
 from plumbing.vlm import Policy, load_vlm, vlm_path
 from reward import parse_answer

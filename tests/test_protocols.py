@@ -15,7 +15,7 @@ from PIL import Image
 
 import samr1_mini
 from data import Sample, messages
-from plumbing import evaluation, intervals, pictures, rewards
+from plumbing import boxes, evaluation, intervals, pictures
 from plumbing.errors import UserError
 from plumbing.sam import load_sam
 from plumbing.settings import parse_settings
@@ -275,7 +275,7 @@ def test_eval_with_visionreasoners_prompt(tmp_path, monkeypatch, capsys):
     for scene in scenes:
         scale = 64 / np.array(scene.image.size)
         point = (np.argwhere(scene.mask)[0, ::-1] + 0.5) * scale
-        box = np.multiply(rewards.true_box(scene.mask), np.tile(scale, 2))
+        box = np.multiply(boxes.true_box(scene.mask), np.tile(scale, 2))
         lists.append([{"bbox_2d": list(box), "point_2d": list(point)}, second])
     answer_with(monkeypatch, [wrap(json.dumps(objects)) for objects in lists])
     drawn = Mock(wraps=pictures.draw_answer)

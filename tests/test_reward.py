@@ -24,11 +24,12 @@ from segment_anything.utils.transforms import ResizeLongestSide
 import reward
 from data import Shapes
 from plumbing import answers, segzero
+from plumbing.boxes import box_ious, true_box
 from plumbing.errors import UserError
-from plumbing.rewards import ACCURACY, box_ious, true_box
 from plumbing.sam import load_sam
 from plumbing.scenes import interior_points
 from plumbing.segzero import segzero_reward
+from plumbing.settings import ACCURACY
 from reward import Answer, Overlap, SamPrompt, SamScorer, parse_answer, score_completions
 
 # --------------------------------------------------------------------------------------------------

@@ -1,12 +1,8 @@
-"""rewards.py - the true box of a mask, and the IoU of boxes, for rewards that do not use SAM."""
+"""boxes.py - the true box of a mask, and the IoU of boxes."""
 
 import numpy as np
 import torch
 from torchvision.ops import box_iou, masks_to_boxes
-
-# What --accuracy takes: names of `reward.accuracy_reward`, then rewards to compare it with. "box"
-# is the paper's tiers on the IoU of the boxes. The others are Seg-Zero's, see plumbing/segzero.py.
-ACCURACY = ("tiered", "0.5", "0.7", "0.8", "iou", "box", "segzero", "segzero_mask")
 
 
 def true_box(mask: np.ndarray) -> tuple[float, ...] | None:
