@@ -1,10 +1,10 @@
 """grpo.py - how the policy learns from its rewards: rollout -> advantages -> log-probs -> loss.
 
 The objective is the paper's equation 4. For one query with completions o_1 .. o_G, let A_i be the
-advantage of completion i, and s_it = pi(o_it) / pi_old(o_it) the ratio of a token's probability now
+advantage of completion i, and r_it = pi(o_it) / pi_old(o_it) the ratio of a token's probability now
 to its probability when it was sampled:
 
-    J = 1 / sum_i |o_i| * sum_i sum_t [ min( s_it A_i, clip(s_it, 1 - eps_low, 1 + eps_high) A_i )
+    J = 1 / sum_i |o_i| * sum_i sum_t [ min( r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i )
                                         - beta KL_it ]
 
 pi is the policy as it is now, pi_old the policy when it sampled, and KL_it an estimate of how far

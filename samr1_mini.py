@@ -186,7 +186,7 @@ def train(s: Settings) -> None:
             extent=policy.extent,
             accuracy=s.accuracy,
             keep_masks=log_this_step,
-            style=policy.prompt,
+            style=policy.style,
         )  # reward (B, G)
         advantages = group_advantages(scores.reward)  # (B, G)
         timer.end("reward")
@@ -347,7 +347,7 @@ def log_samples(out, step, policy, scorer, heldout, s, logged: list[dict], metri
     completions = sample_completions(policy, policy.read(batch), s, generator)
     texts = policy.texts(completions)
     scores = score_completions(
-        scorer, batch, texts, policy.extent, s.accuracy, keep_masks=True, style=policy.prompt
+        scorer, batch, texts, policy.extent, s.accuracy, keep_masks=True, style=policy.style
     )
     seen = pictures.record_rollouts(batch, completions, scores, policy.processor.tokenizer)
     record = json.dumps({"step": step, "train": logged, "heldout": seen})
@@ -377,7 +377,7 @@ def evaluate_batch(
     """
     completions = sample_completions(policy, policy.read(batch), s, greedy=True)
     texts = [group[0] for group in policy.texts(completions)]
-    answers = [parse_answer(text, policy.prompt) for text in texts]
+    answers = [parse_answer(text, policy.style) for text in texts]
     prompts = []
     for one, answer in zip(batch, answers, strict=True):
         ours = sam_prompt(answer, policy.extent, *one.image.size)
@@ -389,7 +389,7 @@ def evaluate_batch(
     # (B, 3) each; one wait for the GPU, not one for each number
     counts = {name: getattr(overlap, name).tolist() for name in ("intersection", "union", "iou")}
     box_ious = boxes.box_ious(batch, prompts).tolist()
-    asked = points_asked(policy.prompt)
+    asked = points_asked(policy.style)
     rows = []
     for b, (one, answer) in enumerate(zip(batch, answers, strict=True)):
         ours = prompts[b][0]
@@ -493,7 +493,7 @@ def evaluate_adapter(s) -> None:
     scorer = load_scorer(s, policy.device)
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
-    answers = evaluation.Answers(out, s, count, policy.prompt)
+    answers = evaluation.Answers(out, s, count, policy.style)
     with continued_by(runs.resume_command("eval", out)):
         rows = evaluate(policy, scorer, heldout, s, count, s.data, answers)
     results = evaluation.metrics(rows, compute_metrics, trained, s)
@@ -525,7 +525,7 @@ def segment(s) -> None:
     completions = sample_completions(policy, policy.read([one]), s, greedy=True)
     texts = policy.texts(completions)
     scores = score_completions(
-        scorer, [one], texts, policy.extent, keep_masks=True, style=policy.prompt
+        scorer, [one], texts, policy.extent, keep_masks=True, style=policy.style
     )
     answer = scores.answers[0][0]
     prompt = scores.prompts[0][0]

@@ -85,7 +85,7 @@ def measure(s) -> dict:
         prompts = policy.read(batch)
         completions = samr1_mini.sample_completions(policy, prompts, s, generator)
         timer.end("rollout")
-        scores = score_completions(scorer, batch, texts, policy.extent, style=policy.prompt)
+        scores = score_completions(scorer, batch, texts, policy.extent, style=policy.style)
         advantages = grpo.group_advantages(scores.reward)
         timer.end("reward")
         old, reference = samr1_mini.fixed_logprobs(policy, prompts, completions, s)

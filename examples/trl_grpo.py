@@ -92,7 +92,7 @@ class Samples:
         side = self.policy.side
         for row in batch:
             sample = self.read(row["index"])
-            chat = messages(sample.query, self.policy.prompt, self.policy.coordinates, side)
+            chat = messages(sample.query, self.policy.style, self.policy.units, side)
             found.append(row | {"prompt": chat, "image": sample.image.resize((side, side))})
         return found
 
@@ -115,7 +115,7 @@ def trl_reward(scorer: SamScorer, samples: Samples, accuracy: str) -> Callable:
             texts[row][column] = policy.opening + completion[-1]["content"]
         batch = [samples.read(number) for number in distinct]
         scores = score_completions(
-            scorer, batch, texts, extent=policy.extent, accuracy=accuracy, style=policy.prompt
+            scorer, batch, texts, extent=policy.extent, accuracy=accuracy, style=policy.style
         )  # (B, G)
 
         def values(name: str) -> list[float]:

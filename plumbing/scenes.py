@@ -30,7 +30,7 @@ CLUSTERS = {  # share of each sort of cluster
     "ring": 0.2,  # a shape in the hole of a ring
     "covered": 0.2,  # a shape on the middle of a circle or a square
 }
-HARD_SHARE = 0.9  # share of queries about the back shape, in scenes where one can be asked
+HARD_SHARE = 0.9  # probability to ask about the back shape, in scenes where that is possible
 
 
 @dataclass

@@ -70,8 +70,8 @@ class Policy:
     processor: object
     device: torch.device
     side: int  # of the square image it sees, pixels
-    prompt: str  # style of the request, see `data.messages`
-    coordinates: str  # "pixels" or "thousandths"
+    style: str  # of the prompt, see `data.messages`
+    units: str  # of its answers, "pixels" or "thousandths"
     end: torch.Tensor  # (E,) tokens that end a completion
     banned: torch.Tensor  # the vision tokens, which are never sampled
     opening: str  # of a completion: "<think>" if the chat template writes that, else ""
@@ -80,7 +80,7 @@ class Policy:
     @property
     def extent(self) -> float:
         """The number it writes for the far edge of the image, see `reward.sam_prompt`."""
-        return self.side if self.coordinates == "pixels" else 1000
+        return self.side if self.units == "pixels" else 1000
 
     def read(self, samples: list[Sample], starts: list[str] | None = None) -> Prompts:
         """Tokenise the queries and encode the images, resized without keeping the aspect ratio.
@@ -88,7 +88,7 @@ class Policy:
         starts: texts that completions are made to begin with, such as a thought. They stand at the
                 end of the prompts. A thinking model's <think> may be part of one.
         """
-        chats = [messages(one.query, self.prompt, self.coordinates, self.side) for one in samples]
+        chats = [messages(one.query, self.style, self.units, self.side) for one in samples]
         images = [one.image.resize((self.side, self.side)) for one in samples]
         texts = self.processor.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True
@@ -190,8 +190,8 @@ def load_vlm(
         torch.set_num_threads(1)  # such small matrices are slower when threads share them
     if name == "tiny":
         model.name_or_path = "tiny/vlm"  # for adapter_config.json: not a path of this machine
-    coordinates = "thousandths" if config.model_type.startswith("qwen3_vl") else "pixels"
-    if coordinates == "pixels":
+    units = "thousandths" if config.model_type.startswith("qwen3_vl") else "pixels"
+    if units == "pixels":
         check_side(processor, config.vision_config.patch_size, side, name)
     if adapter != "none":
         from plumbing.foreign import load_adapter  # only with this setting
@@ -208,8 +208,8 @@ def load_vlm(
         processor=processor,
         device=device,
         side=side,
-        prompt=prompt,
-        coordinates=coordinates,
+        style=prompt,
+        units=units,
         end=torch.tensor(ends, device=device),
         banned=torch.tensor([getattr(config, token) for token in names], device=device),
         opening=template_end(processor, name),

@@ -22,7 +22,7 @@ from reward import score_completions
 LOG = "metrics.jsonl"
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 64
-POLICY = SimpleNamespace(side=SIDE, extent=SIDE, prompt="brief", coordinates="pixels", opening="")
+POLICY = SimpleNamespace(side=SIDE, extent=SIDE, style="brief", units="pixels", opening="")
 ANSWER = '<answer>{{"bbox":[{},{},{},{}],"points_1":[{},{}],"points_2":[{},{}]}}</answer>'
 SMALL = "--prompts_per_step 2 --group_size 4 --minibatches 1 --save_memory 2 --lr 0.01"
 

@@ -38,7 +38,7 @@ def separate_forward(policy, sample, completion):
 def test_qwen3vl_logprobs_equal_a_separate_forward(thinking_qwen3vl):
     """Its vision tower feeds several layers (deepstack). Slicing prompts must slice all of them."""
     policy = load_vlm(str(thinking_qwen3vl), device="cpu", side=96, prompt="brief")
-    assert policy.coordinates == "thousandths" and policy.extent == 1000
+    assert policy.units == "thousandths" and policy.extent == 1000
     batch = [Shapes("heldout")[i] for i in range(3)]
     prompts = policy.read(batch)
     ids = torch.randint(10, 40, (3, 3, 7), generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_true_boxes_in_the_coordinates_of_the_policy_are_found(
     SAM finds the object only if the box is scaled exactly once, each axis by its own factor.
     """
     policy = load_vlm("tiny", device="cpu", side=64, prompt="brief")
-    policy = dataclasses.replace(policy, coordinates=coordinates)
+    policy = dataclasses.replace(policy, units=units)
     assert policy.extent == extent
     texts = []
     for one in samples:

@@ -129,7 +129,7 @@ def answer(asker: Asker, trained: bool, shown: Sample, query: str, thought: str 
     text = asker.complete(sample, trained, f"<think>{thought}</think>" if thought else "")
     policy = asker.policy
     scores = score_completions(
-        asker.scorer, [sample], [[text]], policy.extent, keep_masks=True, style=policy.prompt
+        asker.scorer, [sample], [[text]], policy.extent, keep_masks=True, style=policy.style
     )  # (1, 1)
     mask = scores.overlap.masks[0][0].cpu().numpy()
     truth = shown.mask if known else None
