@@ -85,9 +85,9 @@ def test_a_small_model_takes_one_thread_under_any_name(monkeypatch):
     assert threads == [1]
 
 
-@pytest.mark.parametrize("coordinates, extent", [("pixels", 64), ("thousandths", 1000)])
+@pytest.mark.parametrize("units, extent", [("pixels", 64), ("thousandths", 1000)])
 def test_true_boxes_in_the_coordinates_of_the_policy_are_found(
-    coordinates, extent, scorer, samples, monkeypatch
+    units, extent, scorer, samples, monkeypatch
 ):
     """A stand-in policy writes the true box of scenes, of which some are not square.
 
