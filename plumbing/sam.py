@@ -135,7 +135,7 @@ def folded_attention(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     One-hot row and column vectors turn this bias into a dot product. Appending them to q and k lets
     `scaled_dot_product_attention` compute it with its fused kernels, which need values of the same
     width, so v is padded. The result is the same to 2e-6. benchmarks/sam_scoring.py measures it:
-    ViT-B on two CPU cores is 1.3x faster, and eight images need less memory than one did.
+    ViT-B on two CPU cores is 1.1x faster, and eight images need less memory than one did.
     """
     B, H, W, _ = x.shape
     heads = attention.num_heads
