@@ -70,7 +70,7 @@ def test_trl_reward_equals_the_reward_in_any_order(scorer, samples, monkeypatch)
 
 def test_the_reward_reads_the_prompts_form_and_a_thinking_models_opening(scorer, samples):
     """A thinking model's template writes <think> at the end of the prompt."""
-    policy = SimpleNamespace(**vars(POLICY) | {"prompt": "visionreasoner", "opening": "<think>"})
+    policy = SimpleNamespace(**vars(POLICY) | {"style": "visionreasoner", "opening": "<think>"})
     text = 'it</think><answer>[{"bbox_2d": [8, 8, 40, 40], "point_2d": [20, 20]}]</answer>'
     sources = (trl_grpo.Samples(samples, one, 2) for one in (POLICY, policy))
     rewards = [paid(scorer, source, [text], [0])[0][0] for source in sources]

@@ -184,7 +184,7 @@ def test_masks_equal_those_of_the_models_own_processor(
 def test_only_the_encoder_runs_in_16_bits(sam, photos, mixed, monkeypatch):
     """The same autocast as on CUDA."""
     autocast = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda device, dtype, _: autocast(device, dtype, True))
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, **_: autocast(device, dtype))
     dtypes = []
 
     def note(module, inputs, output):
