@@ -425,9 +425,8 @@ def evaluate(policy, scorer, dataset, s, count: int, title: str, answers=None) -
     policy.model.eval()
     indices = answers.missing() if answers else list(range(min(count, len(dataset))))
     rows = {}
-    for batch in tqdm(
-        slices(0, len(indices), rollout_prompts(s)), f"eval {title}", unit="batch", leave=False
-    ):
+    batches = slices(0, len(indices), rollout_prompts(s))
+    for batch in tqdm(batches, desc=f"eval {title}", unit="batch", leave=False):
         usable = {}
         for index in indices[batch]:
             try:
