@@ -492,7 +492,7 @@ def evaluate_adapter(s) -> None:
     scorer = load_scorer(s, policy.device)
     trained = "base" if s.adapter == "none" else Path(s.adapter).resolve().parent.name
     out = runs.open_run(s, f"runs/eval-{run_name(s)}-{trained}")
-    answers = evaluation.Answers(out, s, count, policy.style)
+    answers = evaluation.Answers(out, s, count, policy.style, heldout)
     with continued_by(runs.resume_command("eval", out)):
         rows = evaluate(policy, scorer, heldout, s, count, s.data, answers)
     results = evaluation.metrics(rows, compute_metrics, trained, s)

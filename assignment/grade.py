@@ -162,7 +162,8 @@ def grade_exercise(folder: Path, number: int, hidden: list[Path], limit: float) 
             cases, remark = run_tests(tree, number, files, limit)
         except SyntaxError as error:
             remark = f"syntax error: {error.msg}: {(error.text or '').strip()[:60]}"
-        except (OSError, ValueError) as error:  # ValueError: also invalid UTF-8
+        # ValueError: also invalid UTF-8; the last two: an expression that is nested too deep.
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
             remark = " ".join(str(error).split())
     points, failed = count_points(number, cases)
     passed = list(cases.values()).count("")
@@ -181,6 +182,8 @@ def main(argv: list[str]) -> None:
     numbers = sorted(EXERCISES)
     add("--exercises", type=int, nargs="+", choices=numbers, default=numbers, metavar="N")
     s = parser.parse_args(argv)
+    if not 1 <= s.limit <= 86_400:
+        raise UserError(f"--limit {s.limit:g}: it must be from 1 to 86400 seconds")
     if not any((s.folder / script).is_file() for script in SCRIPTS):
         raise UserError(f"{s.folder} has no {' and no '.join(SCRIPTS)}")
     hidden = sorted(s.hidden.glob("test_*.py")) if s.hidden else []

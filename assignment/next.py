@@ -14,7 +14,7 @@ import pytest
 
 from assignment import outcomes
 from assignment.handout import EXERCISES, ROOT, SCRIPTS, TESTS, is_solved
-from plumbing.errors import UserError, exit_with_one_line
+from plumbing.errors import UserError, exit_with_one_line, reason_of
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
         except SyntaxError as error:
             line = (error.text or "").strip()
             raise UserError(f"{script}, line {error.lineno}: {error.msg}: {line}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{script} cannot be read: {reason_of(error)}") from error
     started = list(itertools.takewhile(is_solved, EXERCISES))
     if started:
         print(f"Testing the exercises up to {started[-1]} ...", flush=True)

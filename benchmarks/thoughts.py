@@ -31,7 +31,7 @@ import samr1_mini
 from data import Sample, Shapes
 from plumbing import pictures
 from plumbing.boxes import box_ious
-from plumbing.errors import exit_with_one_line
+from plumbing.errors import UserError, exit_with_one_line
 from plumbing.runs import save_figure
 from plumbing.sam import load_sam
 from plumbing.scenes import Thing, points_inside, taught_thought
@@ -166,6 +166,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scenes", type=int, default=400, help="held-out scenes to look at")
     parser.add_argument("--figure", type=Path, default="assets/thoughts.png", help="file to write")
     options = parser.parse_args(argv)
+    if not 3 <= options.scenes <= 10_000:
+        raise UserError(f"--scenes {options.scenes}: it must be from 3 to 10000")
     s = parse_settings("train", [])
     cases = find_cases(options.scenes)
     scorer = SamScorer(load_sam("tiny"))

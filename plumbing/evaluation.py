@@ -12,17 +12,19 @@ segzero. The columns box, points, box_iou and points_inside are about the first 
 are greedy under both. ReasonSeg is the only set with ignored pixels.
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from data import BadSample
 from plumbing import pictures
 from plumbing.answers import points_asked
 from plumbing.errors import UserError
 from plumbing.intervals import PREFIXES, bootstrap, counts_of, giou_and_ciou, span
-from plumbing.runs import ANSWER, append_lines, read_rows, start_log, write_lines
+from plumbing.runs import ANSWER, COUNTS, append_lines, has_form, read_rows, start_log, write_lines
 
 PROTOCOLS = {
     "lisa": "ignored pixels are left out, an empty union has IoU 1",
@@ -150,19 +152,28 @@ def paper_results(spec: str) -> str:
 class Answers:
     """The rows of answers.jsonl, those of an interrupted evaluation too. Writes config.json.
 
-    Raises UserError if there are more of them than the `count` that the settings `s` ask for.
+    Raises UserError if there are more of them than the `count` that the settings `s` ask for, or if
+    the last one is about another sample than the one in its place: the set has changed.
     """
 
-    def __init__(self, out: Path, s, count: int, style: str):
+    def __init__(self, out: Path, s, count: int, style: str, dataset=()):
         """style: of the prompt."""
         self.file = out / "answers.jsonl"
         self.settings = s
         self.count = count
         self.style = style
         self.rows = read_rows(self.file, ANSWER) if s.resume else []
-        if len(self.rows) > count:
+        if len(self.rows) > count and s.limit:
             done = f"{out} has {len(self.rows)} answers already"
             raise UserError(f"--limit {count}: {done}: name as many")
+        scored = [index for index, row in enumerate(self.rows) if "skipped" not in row]
+        changed = len(self.rows) > count
+        if dataset and scored and not changed:
+            with contextlib.suppress(BadSample):  # it is there, but cannot be read any more
+                changed = dataset[scored[-1]].id != self.rows[scored[-1]]["id"]
+        if changed:
+            reason = f"the answers in {out} are not those of its samples"
+            raise UserError(f"--data {s.data}: {reason}: restore its files, or start another run")
         start_log(out, s, self.file.name, self.rows)
 
     def missing(self) -> list[int]:
@@ -194,7 +205,7 @@ def read_other(file: str, count: int) -> list[dict]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"--against {file}: no such file: name the answers.jsonl of an evaluation")
-    rows = read_rows(path, ANSWER)
+    rows = read_rows(path, ANSWER, mend=f"name another --against than {file}")
     if len(rows) != count:
         raise UserError(f"--against {file}: it has {len(rows)} answers, not {count}: see --limit")
     return rows
@@ -211,7 +222,8 @@ def compare(rows: list[dict], other: list[dict], protocol: str, file: str) -> di
         if ours != theirs:
             reason = f"answer {number} is about {theirs}, here about {ours}"
             raise UserError(f"--against {file}: {reason}: name one of the same --data")
-    if any(protocol not in row for row in other if "skipped" not in row):
+    counted = [has_form(row.get(protocol), COUNTS) for row in other if "skipped" not in row]
+    if not all(counted):
         raise UserError(f"--against {file}: it was not counted by --protocol {protocol}")
     counts, others = (
         counts_of([row | row.get(protocol, {}) for row in both]) for both in (rows, other)

@@ -4,6 +4,7 @@ What does not fit is refused, see plumbing/weights.py.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +107,11 @@ def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor
         raise UserError(f"{flag}: this peft does not know its {keys}: pip install -U peft")
     if config.is_prompt_learning:
         raise UserError(f"{flag}: it holds a prompt ({config.peft_type}): use a LoRA")
-    if getattr(config, "lora_alpha", 1) == 0:
-        raise UserError(f"{flag}: its lora_alpha is 0, so it does nothing: name another")
+    scales = [getattr(config, "r", 1), getattr(config, "lora_alpha", 1)]
+    scales += (getattr(config, "alpha_pattern", None) or {}).values()
+    if not all(isinstance(x, int | float) and x and math.isfinite(x) for x in scales):
+        reason = "its r, lora_alpha or alpha_pattern is 0 or no number, so it does nothing"
+        raise UserError(f"{flag}: {reason}: name another")
     start = str(getattr(config, "init_lora_weights", ""))
     if getattr(config, "alora_invocation_tokens", None) or "niter" in start:
         reason = "it acts after some tokens only, or on base weights that were found at random"

@@ -409,6 +409,8 @@ def check_plain(text: str, name: str) -> None:
 
     The special token <|image_pad|>, for example, asks for an image that is not there.
     """
+    if not isinstance(text, str):
+        raise UserError(f"the {name} is not a text")
     controls = [c for c in "".join(text.split()) if unicodedata.category(c) in ("Cc", "Cs")]
     if controls or re.search(r"<\|.*\|>", text, re.DOTALL):
         raise UserError(f"the {name} holds a special token or a control character: {text!a:.99}")

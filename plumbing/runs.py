@@ -75,9 +75,12 @@ def whole_file(path: Path):
 NUMBER = int | float
 METRICS = {"step": int} | dict.fromkeys(("reward", "iou", "clip_low", "clip_high"), NUMBER)
 RESULTS = {row: {"giou": NUMBER, "ciou": NUMBER, "n": int} for row in ("before", "ceiling")}
-ANSWER = {"format": bool, "box_iou": NUMBER, "points_inside": NUMBER}
-for prefix in intervals.PREFIXES:
-    ANSWER |= {prefix + name: NUMBER for name in ("iou", "intersection", "union")}
+COUNTS = {
+    prefix + name: NUMBER
+    for prefix in intervals.PREFIXES
+    for name in ("iou", "intersection", "union")
+}
+ANSWER = {"id": str, "format": bool, "box_iou": NUMBER, "points_inside": NUMBER} | COUNTS
 
 
 def has_form(value: object, form: object) -> bool:
@@ -159,7 +162,9 @@ def start_log(out: Path, settings, name: str, rows: list[dict]) -> None:
     write_lines(out / name, rows)
 
 
-def read_rows(file: Path, form: dict) -> list[dict]:
+def read_rows(
+    file: Path, form: dict, mend: str = "mend or delete the file, then --resume"
+) -> list[dict]:
     """The lines of a log, each of this form or a skipped answer. Empty without the file.
 
     Raises UserError if a line is anything else.
@@ -172,7 +177,7 @@ def read_rows(file: Path, form: dict) -> list[dict]:
         except ValueError:
             row = None
         if not (has_form(row, {"skipped": str}) or has_form(row, form)):
-            raise UserError(f"{file} is damaged (line {number}): mend or delete it, then --resume")
+            raise UserError(f"{file} is damaged (line {number}): {mend}")
         rows.append(row)
     return rows
 

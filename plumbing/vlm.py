@@ -93,8 +93,8 @@ class Policy:
         texts = self.processor.apply_chat_template(
             chats, tokenize=False, add_generation_prompt=True
         )
-        for k, start in enumerate(starts or ()):
-            texts[k] += start.removeprefix(self.opening)
+        pairs = zip(texts, starts or [""] * len(texts), strict=True)
+        texts = [text + start.removeprefix(self.opening) for text, start in pairs]
         inputs = self.processor(
             text=texts, images=images, return_tensors="pt", padding=True, padding_side="left"
         )

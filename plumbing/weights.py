@@ -17,8 +17,6 @@ from transformers.utils import logging
 from plumbing.errors import UserError, reason_of, refusing
 
 POINTER = b"version https://git-lfs"  # how the small file begins that stands for a large one
-QUANTISED = {"I8", "U8", "F8_E4M3", "F8_E5M2"}  # types in a .safetensors, then those of torch
-QUANTISED |= {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -48,13 +46,24 @@ def fault_of(file: Path) -> str:
                 types = {part.get_dtype() for part in map(opened.get_slice, opened.keys())}
     except Exception as error:  # a damaged file can raise anything; this block only reads
         return f"is damaged or truncated: fetch it again ({reason_of(error)})"
-    if types & QUANTISED:  # would be read without their scale
+    if any(map(is_quantised, types)):  # would be read without their scale
         return "holds quantised weights, which are not read: fetch those in float"
     # Some programs give a file its final size first, and write the data later. An adapter may end
     # in zeros: so do the weights of an untrained one.
     if file.suffix == ".safetensors" and file.name not in ADAPTER_FILES and not any(end_of(file)):
         return "ends in zeros: its download was interrupted: fetch it again"
     return ""
+
+
+def is_quantised(kind: str | torch.dtype) -> bool:
+    """Whether numbers of a type, as a .safetensors or torch calls it, take a byte or less.
+
+    >>> is_quantised("F8_E4M3"), is_quantised(torch.float8_e5m2fnuz), is_quantised("BF16")
+    (True, True, False)
+    """
+    if isinstance(kind, str):
+        return kind.startswith(("I8", "U8", "F8", "F6", "F4"))
+    return kind.itemsize == 1 and kind != torch.bool
 
 
 def end_of(file: Path, size: int = 4096) -> bytes:

@@ -202,6 +202,9 @@ def test_next_says_which_exercise_comes_next_and_what_fails(tree):
     assert printed.startswith("\nExercise 1, ") and "fail" not in printed
     code, printed = tree.run({"grpo.py": "x = (\n"}, "assignment.next")
     assert (code, printed) == (2, "next.py: grpo.py, line 1: '(' was never closed: x = (\n")
+    (tree.folder / "grpo.py").write_bytes(b"\xff")
+    code, printed = tree.run({}, "assignment.next")
+    assert code == 2 and printed.startswith("next.py: grpo.py cannot be read: UnicodeDecodeError")
 
 
 def test_the_students_readme_names_no_command_that_students_lack(student):

@@ -78,9 +78,15 @@ def test_two_evaluations_are_compared_pair_by_pair(evaluated, tmp_path, capsys):
     assert f"against {other}: gIoU +0.100 (+0.100 to +0.100)" in capsys.readouterr().out
 
     against = ("eval --resume --out", again, "--against", other)
+    again_rows = answers(again)
     rows[1]["id"] = "another"
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "answer 2 is about ('another'" in refused(run, *against)
+    rows[1] |= {"id": again_rows[1]["id"], "lisa": 7}
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "was not counted by --protocol lisa" in refused(run, *against)
+    other.write_bytes(b"\xff\n")
+    assert "name another --against" in refused(run, *against)
     other.write_text(json.dumps(rows[0]) + "\n")
     assert "it has 1 answers, not 6" in refused(run, *against)
     other.unlink()
@@ -99,6 +105,15 @@ def test_an_interrupted_eval_continues(evaluated, tmp_path, monkeypatch):
     for name in ("answers.jsonl", "eval.json"):
         assert (cut / name).read_text() == (evaluated / name).read_text()
     assert Image.open(evaluated / "sheet.png").width > 500
+
+
+def test_answers_to_other_samples_are_not_continued(evaluated, tmp_path):
+    """A line is missing, as if the first sample had been added to the set since."""
+    cut = Path(shutil.copytree(evaluated, tmp_path / "cut"))
+    lines = (evaluated / "answers.jsonl").read_text().splitlines(keepends=True)
+    (cut / "answers.jsonl").write_text("".join(lines[1:4]))
+    assert "are not those of its samples" in refused(run, "eval --resume --out", cut)
+    assert (cut / "answers.jsonl").read_text() == "".join(lines[1:4])
 
 
 def test_an_evaluation_without_a_usable_sample_is_refused(refcocog, tmp_path):

@@ -83,6 +83,7 @@ def test_what_no_policy_should_read_is_refused(asker):
         assert "at most 1000" in refused(demo.answer, asker, True, scene, query, thought)
     assert "query" in refused(demo.answer, asker, True, scene, "", "")
     assert "thought" in refused(demo.answer, asker, True, scene, "a", "<|im_end|>")
+    assert "not a text" in refused(demo.answer, asker, True, scene, "a", ["a"])
     for number in (100_000, None):
         assert "from 0 to 99999" in refused(demo.drawn_scene, number)
 

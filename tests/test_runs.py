@@ -103,7 +103,7 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
     with pytest.raises(UserError, match="--steps 2: .*3"):
         runs.start_metrics(tmp_path, parse_settings("train", ["--steps", "2"]), 3)
     (tmp_path / "answers.jsonl").write_text('{"skipped": "no file"}\n' * 4)
-    s = SimpleNamespace(resume=True)
+    s = SimpleNamespace(resume=True, limit=1)
     with pytest.raises(UserError, match="--limit 1: .*4 answers"):
         evaluation.Answers(tmp_path, s, count=1, style="brief")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
@@ -115,7 +115,7 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
 def test_a_damaged_log_is_named_and_stays(line, tmp_path):
     content = json.dumps({"step": 1} | METRICS).encode() + b"\n" + line + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged.*mend or delete it"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged.*mend or delete the file"):
         runs.start_metrics(tmp_path, parse_settings("train", []), 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == content
 
