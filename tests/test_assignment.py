@@ -402,6 +402,7 @@ def test_invalid_arguments_name_the_mend(student, tmp_path):
     assert "has no test_" in refused(grade.main, hidden)
     shutil.copy(ROOT / "tests" / "test_grpo.py", tmp_path)
     assert "test_grpo.py is a visible test file: rename yours" in refused(grade.main, hidden)
+    assert "--limit nan" in refused(grade.main, [*hidden, "--limit", "nan"])
 
 
 # --------------------------------------------------------------------------------------------------
