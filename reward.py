@@ -55,9 +55,7 @@ class Answer(NamedTuple):
     box: tuple[float, ...] | None  # x1, y1, x2, y2 with x1 < x2 and y1 < y2
     points: tuple[tuple[float, ...], ...]  # the valid ones of the two, (x, y) each
     thought: str  # the reasoning, "" if there is none
-    others: tuple[
-        tuple, ...
-    ] = ()  # box and points of each further object, if the prompt allows them
+    others: tuple[tuple, ...] = ()  # box and points of each further object
 
 
 def parse_answer(text: str, style: str = "full") -> Answer:

@@ -4,8 +4,8 @@
 
 The copy has a NotImplementedError in place of the body of each function in EXERCISES. Signatures,
 docstrings, all other code and the tests of the exercises stay. `python -m assignment.next` says
-there which exercise comes next. A command of
-samr1_mini.py that needs an unsolved exercise says so there, before it does anything else.
+there which exercise comes next. A command of samr1_mini.py that needs an unsolved exercise says so
+there, before it does anything else.
 """
 
 import argparse

@@ -165,9 +165,8 @@ def compare(trainer: Trainer, samples: list, s: Settings) -> dict[str, float]:
 
     def logprobs() -> torch.Tensor:
         """As in TRL, all completions form one group, (1, B * G, T): all tokens weigh the same."""
-        return samr1_mini.completion_logprobs(policy, prompts, completions, s)[0].flatten(0, 1)[
-            None
-        ]
+        found, _ = samr1_mini.completion_logprobs(policy, prompts, completions, s)  # (B, G, T)
+        return found.flatten(0, 1)[None]
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
         weights = [p for p in model.parameters() if p.requires_grad]

@@ -4,12 +4,12 @@ There are two ways to count, called protocols. The mask of an answer is the same
 
     lisa     LISA's metric. Ignored pixels count neither in the intersection nor in the union. SAM
              gets whatever part of an answer is valid. An image whose union is empty has IoU 1.
-    segzero  Seg-Zero's evaluation. Ignored pixels are target. IoU is 0 unless the answer has a
-             valid box and as many valid points as were asked for, or if the union is empty.
+    segzero  Seg-Zero's evaluation. Ignored pixels are target. An image whose union is empty has IoU
+             0. So has an answer that lacks a valid box, or one of the points that were asked for.
 
-The masks of all objects in an answer are united. One valid object is enough for
-segzero. The columns box, points, box_iou and points_inside are about the first one alone. Answers
-are greedy under both. ReasonSeg is the only set with ignored pixels.
+The masks of all objects in an answer are united. One valid object is enough for segzero. The
+columns box, points, box_iou and points_inside are about the first one alone. Answers are greedy
+under both. ReasonSeg is the only set with ignored pixels.
 """
 
 import contextlib
@@ -156,8 +156,8 @@ class Answers:
     the last one is about another sample than the one in its place: the set has changed.
     """
 
-    def __init__(self, out: Path, s, count: int, style: str, dataset=()):
-        """style: of the prompt."""
+    def __init__(self, out: Path, s, count: int, style: str, dataset):
+        """style: of the prompt. dataset: that of `s`."""
         self.file = out / "answers.jsonl"
         self.settings = s
         self.count = count
@@ -166,15 +166,18 @@ class Answers:
         if len(self.rows) > count and s.limit:
             done = f"{out} has {len(self.rows)} answers already"
             raise UserError(f"--limit {count}: {done}: name as many")
-        scored = [index for index, row in enumerate(self.rows) if "skipped" not in row]
-        changed = len(self.rows) > count
-        if dataset and scored and not changed:
-            with contextlib.suppress(BadSample):  # it is there, but cannot be read any more
-                changed = dataset[scored[-1]].id != self.rows[scored[-1]]["id"]
-        if changed:
+        if len(self.rows) > count or not self.ends_with_its_sample(dataset):
             reason = f"the answers in {out} are not those of its samples"
             raise UserError(f"--data {s.data}: {reason}: restore its files, or start another run")
         start_log(out, s, self.file.name, self.rows)
+
+    def ends_with_its_sample(self, dataset) -> bool:
+        """Whether the last answer is about the sample in its place. Only this one is read again."""
+        scored = [index for index, row in enumerate(self.rows) if "skipped" not in row]
+        if scored:
+            with contextlib.suppress(BadSample):  # it is there, but cannot be read any more
+                return dataset[scored[-1]].id == self.rows[scored[-1]]["id"]
+        return True
 
     def missing(self) -> list[int]:
         """Indices of the samples to evaluate. Skipped ones are tried again, as files get mended."""

@@ -110,7 +110,7 @@ def read_adapter(adapter: str) -> tuple[Path, PeftConfig, dict[str, torch.Tensor
     scales = [getattr(config, "r", 1), getattr(config, "lora_alpha", 1)]
     scales += (getattr(config, "alpha_pattern", None) or {}).values()
     if not all(isinstance(x, int | float) and x and math.isfinite(x) for x in scales):
-        reason = "its r, lora_alpha or alpha_pattern is 0 or no number, so it does nothing"
+        reason = "its r, lora_alpha or alpha_pattern has 0 or no number, so it would do nothing"
         raise UserError(f"{flag}: {reason}: name another")
     start = str(getattr(config, "init_lora_weights", ""))
     if getattr(config, "alora_invocation_tokens", None) or "niter" in start:

@@ -9,7 +9,8 @@ so the chat template's default stands.
 import numpy as np
 import torch
 
-from plumbing.answers import LONGEST_ANSWER, read_literal, read_loosely
+from plumbing import answers
+from plumbing.answers import read_literal, read_loosely
 from plumbing.boxes import box_ious, true_box
 from plumbing.scenes import interior_points, points_inside
 
@@ -61,26 +62,24 @@ def read_answer(inside: str, style: str, text: str) -> tuple[list[dict], bool]:
     in quotes. "visionreasoner" is answered with a list of objects, which have one point each.
 
     >>> read_answer('[{"bbox_2d": [1, 2, 5, 6]}, 7]', "visionreasoner", text="")
-    ([{'bbox': [1, 2, 5, 6], 'points_1': None}, {}], True)
+    ([{'bbox': [1, 2, 5, 6], 'points_1': None}, {'bbox': None, 'points_1': None}], True)
     """
-    listed = style == "visionreasoner"
-    longest = LONGEST_LIST if listed else LONGEST_ANSWER
-    kind = list if listed else dict
-    data = read_literal(inside, longest)
-    asked_form = isinstance(data, kind)
-    if not isinstance(data, dict | kind):
-        data = read_loosely(inside, "[]" if listed else "{}", longest)
-    if listed:
+    if style == "visionreasoner":
+        data = read_literal(inside, LONGEST_LIST)
+        asked_form = isinstance(data, list)
+        if not isinstance(data, dict | list):
+            data = read_loosely(inside, "[]", LONGEST_LIST)
         items = data if isinstance(data, list) else [data]
-        keys = {"bbox": "bbox_2d", "points_1": "point_2d"}
-        return [
-            {ours: item.get(key) for ours, key in keys.items()} if isinstance(item, dict) else {}
-            for item in items
-        ], asked_form
+        items = [item if isinstance(item, dict) else {} for item in items]
+        renamed = [{"bbox": x.get("bbox_2d"), "points_1": x.get("point_2d")} for x in items]
+        return renamed, asked_form
     first = read_literal(first_braces(text))
-    if isinstance(first, dict) and "bbox" in rename_keys(first):
-        return [rename_keys(first)], True
-    return [rename_keys(data) if isinstance(data, dict) else {}], asked_form
+    if isinstance(first, dict):
+        item = rename_keys(first)
+        if "bbox" in item:
+            return [item], True
+    items, asked_form = answers.read_answer(inside)
+    return [rename_keys(item) for item in items], asked_form
 
 
 def rename_keys(item: dict) -> dict:

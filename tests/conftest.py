@@ -10,13 +10,16 @@ import pytest
 import torch
 import transformers
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
-from peft.utils import save_and_load
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import samr1_mini
+import samr1_mini  # before peft, see plumbing/__init__.py
+
+# isort: split
+from peft import LoraConfig, get_peft_model
+from peft.utils import save_and_load
+
 from data import Shapes, messages
 from plumbing import evaluation, runs
 from plumbing.sam import load_sam

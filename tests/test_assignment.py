@@ -54,7 +54,7 @@ def without(*numbers):
 # importing the libraries takes longer than most runs.
 RUNS = """
 import gc, json, os, runpy, sys
-import hypothesis, peft, pytest, samr1_mini
+import samr1_mini, hypothesis, peft, pytest
 for script in ("samr1_mini", "grpo", "reward"):
     del sys.modules[script]
 gc.freeze()

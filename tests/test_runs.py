@@ -105,7 +105,7 @@ def test_a_run_that_went_further_is_refused_and_stays(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"skipped": "no file"}\n' * 4)
     s = SimpleNamespace(resume=True, limit=1)
     with pytest.raises(UserError, match="--limit 1: .*4 answers"):
-        evaluation.Answers(tmp_path, s, count=1, style="brief")
+        evaluation.Answers(tmp_path, s, count=1, style="brief", dataset=[])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 4
     assert not (tmp_path / "config.json").exists()

@@ -236,9 +236,9 @@ SPOILED_ADAPTERS = [
     (ADAPTER_CONFIG, "truncate", "adapter_config.json is damaged"),
     # What peft or our passes would leave out.
     (ADAPTER_CONFIG, ("use_new_method", True), "this peft does not know its use_new_method"),
-    (ADAPTER_CONFIG, ("lora_alpha", 0), "it does nothing"),
-    (ADAPTER_CONFIG, ("lora_alpha", None), "it does nothing"),
-    (ADAPTER_CONFIG, ("alpha_pattern", {"q_proj": 0}), "it does nothing"),
+    (ADAPTER_CONFIG, ("lora_alpha", 0), "it would do nothing"),
+    (ADAPTER_CONFIG, ("lora_alpha", None), "it would do nothing"),
+    (ADAPTER_CONFIG, ("alpha_pattern", {"q_proj": 0}), "it would do nothing"),
     (ADAPTER_CONFIG, ("init_lora_weights", "pissa_niter_4"), "found at random"),
     (ADAPTER_CONFIG, ("alora_invocation_tokens", [1, 2]), "acts after some tokens only"),
 ]
